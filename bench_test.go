@@ -1,0 +1,371 @@
+package ecdysis_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ecdysis-go/ecdysis"
+)
+
+// Each benchmark measures its floor in the same run, in turn with what it
+// measures, and prints the ratio of the medians.
+
+const benchVar = "ECDYSIS_TEST_LISTENERS"
+
+func init() {
+	roles["byte"] = func() { os.Stdout.WriteString("x") }
+	roles["bench"] = benchMain
+}
+
+// A sample is what a generation has measured, in nanoseconds.
+type sample struct {
+	Floor   int64 // fork, exec and one byte back from the same binary
+	Upgrade int64
+	Quiet   int64 // moment at which every listener was quiet, by the wall clock
+	Open    int64 // moment at which this generation's Ready returned, likewise
+}
+
+// benchMain is a generation: it becomes ready, measures the floor and its own
+// upgrade when it is told to, and exits.
+func benchMain() {
+	var s sample
+	u, err := ecdysis.New(ecdysis.Options{Notify: func(e ecdysis.Event) {
+		if e.Kind == ecdysis.EventHandover {
+			s.Quiet = time.Now().UnixNano()
+		}
+	}})
+	if err != nil {
+		fatal(err)
+	}
+	n, err := strconv.Atoi(os.Getenv(benchVar))
+	if err != nil {
+		fatal(err)
+	}
+	for range n {
+		if _, err := u.Listen("tcp", "127.0.0.1:0"); err != nil {
+			fatal(u.Fail(err))
+		}
+	}
+	if err := u.Ready(); err != nil {
+		fatal(err)
+	}
+	s.Open = time.Now().UnixNano()
+	hub, err := net.Dial("unix", os.Getenv(hubVar))
+	if err != nil {
+		fatal(err)
+	}
+	if _, err := hub.Read(make([]byte, 1)); err != nil {
+		return // the benchmark is over
+	}
+	if s.Floor, err = floor(); err != nil {
+		fatal(err)
+	}
+	start := time.Now()
+	if err := u.Upgrade(); err != nil {
+		fatal(err)
+	}
+	s.Upgrade = time.Since(start).Nanoseconds()
+	if err := json.NewEncoder(hub).Encode(s); err != nil {
+		fatal(err)
+	}
+}
+
+// floor starts this program once more, without the package, and returns the
+// time until its first byte has come.
+func floor() (int64, error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return 0, err
+	}
+	defer r.Close()
+	env := append(slices.DeleteFunc(os.Environ(), func(s string) bool {
+		return strings.HasPrefix(s, roleVar+"=")
+	}), roleVar+"=byte")
+	start := time.Now()
+	p, err := os.StartProcess(os.Args[0], os.Args[:1], &os.ProcAttr{Env: env, Files: []*os.File{nil, w, os.Stderr}})
+	w.Close()
+	if err != nil {
+		return 0, err
+	}
+	if _, err := io.ReadFull(r, make([]byte, 1)); err != nil {
+		return 0, err
+	}
+	d := time.Since(start).Nanoseconds()
+	_, err = p.Wait()
+	return d, err
+}
+
+// floorListeners returns what n listeners cost apart from the package: to get
+// a copy of a descriptor, which stands for what is received, and to give it to
+// net, and to close both. The old process closes its own.
+func floorListeners(b *testing.B, n int) time.Duration {
+	var list []net.Listener
+	for range n {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			b.Fatal(err)
+		}
+		list = append(list, ln)
+	}
+	var copies []net.Listener
+	start := time.Now()
+	for _, ln := range list {
+		raw, err := ln.(*net.TCPListener).SyscallConn()
+		if err != nil {
+			b.Fatal(err)
+		}
+		fd := -1
+		_ = raw.Control(func(s uintptr) { fd, err = syscall.Dup(int(s)) })
+		if err != nil {
+			b.Fatal(err)
+		}
+		f := os.NewFile(uintptr(fd), "")
+		c, err := net.FileListener(f)
+		f.Close()
+		if err != nil {
+			b.Fatal(err)
+		}
+		copies = append(copies, c)
+	}
+	for _, ln := range list {
+		ln.Close()
+	}
+	d := time.Since(start)
+	for _, ln := range copies {
+		ln.Close()
+	}
+	return d
+}
+
+// chain runs n upgrades in a row and returns what each has measured.
+func chain(b *testing.B, n, listeners int) []sample {
+	dir := shortDir(b)
+	hub, err := net.Listen("unix", filepath.Join(dir, "hub"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer hub.Close()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), roleVar+"=bench", hubVar+"="+hub.Addr().String(), benchVar+"="+strconv.Itoa(listeners))
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	defer func() { _ = cmd.Wait() }()
+	var list []sample
+	for i := 0; ; i++ {
+		c, err := hub.Accept()
+		if err != nil {
+			b.Fatal(err)
+		}
+		if i == n {
+			c.Close() // ends the last generation
+			return list
+		}
+		if _, err := c.Write([]byte("!")); err != nil {
+			b.Fatal(err)
+		}
+		var s sample
+		if err := json.NewDecoder(c).Decode(&s); err != nil {
+			b.Fatal("a generation has ended: ", err)
+		}
+		c.Close()
+		list = append(list, s)
+	}
+}
+
+func median(list []sample, f func(sample) int64) float64 {
+	var v []int64
+	for _, s := range list {
+		v = append(v, f(s))
+	}
+	slices.Sort(v)
+	return float64(v[len(v)/2])
+}
+
+func BenchmarkUpgrade(b *testing.B) {
+	one := 0.0
+	for _, n := range []int{1, 100, 1000, 10000} {
+		b.Run(fmt.Sprintf("listeners=%d", n), func(b *testing.B) {
+			list := chain(b, b.N, n)
+			floor := median(list, func(s sample) int64 { return s.Floor })
+			upgrade := median(list, func(s sample) int64 { return s.Upgrade })
+			b.ReportMetric(0, "ns/op") // the chain's own work would be in it
+			b.ReportMetric(floor/1e3, "floor-µs")
+			b.ReportMetric(upgrade/1e3, "upgrade-µs")
+			b.ReportMetric(upgrade/floor, "×floor")
+			if n == 1 {
+				one = upgrade
+			} else if one > 0 {
+				b.ReportMetric((upgrade-one)/1e3/float64(n-1), "µs/listener")
+				m := min(n, 4000) // each takes two descriptors
+				b.ReportMetric(float64(floorListeners(b, m).Nanoseconds())/1e3/float64(m), "floor-µs/listener")
+			}
+			if len(list) > 1 {
+				var quiet []sample
+				for i := range list[1:] {
+					quiet = append(quiet, sample{Quiet: list[i+1].Open - list[i].Quiet})
+				}
+				b.ReportMetric(median(quiet, func(s sample) int64 { return s.Quiet })/1e3, "quiet-µs")
+			}
+		})
+	}
+}
+
+// ours is the benchmark process's own Upgrader; there can be only one.
+var ours = sync.OnceValues(func() (*ecdysis.Upgrader, error) {
+	u, err := ecdysis.New(ecdysis.Options{})
+	if err == nil {
+		err = u.Ready()
+	}
+	return u, err
+})
+
+// BenchmarkAccept compares Accept with net's. Connections wait in the backlog
+// before the clock starts: it measures Accept alone.
+func BenchmarkAccept(b *testing.B) {
+	u, err := ours()
+	if err != nil {
+		b.Fatal(err)
+	}
+	a, err := u.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer a.Close()
+	c, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
+	const batch = 200
+	var ratios []float64
+	var sums [2]time.Duration
+	for i := 0; i < b.N; i++ {
+		var took [2]time.Duration
+		for j := range 2 {
+			j = (j + i) % 2
+			d, err := acceptBatch([]net.Listener{a, c}[j], batch)
+			if err != nil {
+				b.Fatal(err)
+			}
+			took[j] = d
+			sums[j] += d
+		}
+		ratios = append(ratios, float64(took[1])/float64(took[0]))
+	}
+	slices.Sort(ratios)
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(float64(sums[1].Nanoseconds())/float64(b.N*batch), "net-ns")
+	b.ReportMetric(float64(sums[0].Nanoseconds())/float64(b.N*batch), "accept-ns")
+	b.ReportMetric(ratios[len(ratios)/2], "throughput/net")
+}
+
+func acceptBatch(ln net.Listener, n int) (time.Duration, error) {
+	var clients []net.Conn
+	defer func() {
+		for _, c := range clients {
+			_ = c.(*net.TCPConn).SetLinger(0)
+			c.Close()
+		}
+	}()
+	for range n {
+		c, err := net.Dial(ln.Addr().Network(), ln.Addr().String())
+		if err != nil {
+			return 0, err
+		}
+		clients = append(clients, c)
+	}
+	accepted := make([]net.Conn, 0, n)
+	start := time.Now()
+	for range n {
+		c, err := ln.Accept()
+		if err != nil {
+			return 0, err
+		}
+		accepted = append(accepted, c)
+	}
+	d := time.Since(start)
+	for _, c := range accepted {
+		_ = c.(*net.TCPConn).SetLinger(0)
+		c.Close()
+	}
+	return d, nil
+}
+
+// BenchmarkListener measures what a listener costs beside net's: descriptors
+// and bytes of memory.
+func BenchmarkListener(b *testing.B) {
+	u, err := ours()
+	if err != nil {
+		b.Fatal(err)
+	}
+	measure := func(listen func(network, address string) (net.Listener, error)) (fds, bytes float64) {
+		const n = 1000
+		var before, after runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		f := len(openFDs())
+		var list []net.Listener
+		for range n {
+			ln, err := listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				b.Fatal(err)
+			}
+			list = append(list, ln)
+		}
+		fds = float64(len(openFDs())-f) / n
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		for _, ln := range list {
+			ln.Close()
+		}
+		return fds, float64(after.HeapAlloc-before.HeapAlloc) / n
+	}
+	for range b.N {
+		fds, bytes := measure(u.Listen)
+		netFDs, netBytes := measure(net.Listen)
+		b.ReportMetric(0, "ns/op")
+		b.ReportMetric(fds, "fds")
+		b.ReportMetric(netFDs, "net-fds")
+		b.ReportMetric(bytes, "B")
+		b.ReportMetric(netBytes, "net-B")
+	}
+}
+
+// BenchmarkSize compares the smallest echo daemon with one that cannot be
+// upgraded, both stripped.
+func BenchmarkSize(b *testing.B) {
+	size := func(name string) float64 {
+		out := filepath.Join(b.TempDir(), name)
+		cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "./testdata/size/"+name)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if msg, err := cmd.CombinedOutput(); err != nil {
+			b.Fatalf("%v\n%s", err, msg)
+		}
+		fi, err := os.Stat(out)
+		if err != nil {
+			b.Fatal(err)
+		}
+		return float64(fi.Size())
+	}
+	plain, with := size("plain"), size("ecdysis")
+	for range b.N {
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(plain/1e3, "plain-kB")
+	b.ReportMetric((with-plain)/1e3, "added-kB")
+}

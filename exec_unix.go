@@ -1,0 +1,208 @@
+//go:build darwin || dragonfly || freebsd || linux || netbsd || openbsd
+
+package ecdysis
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path" // paths here have slashes, and path/filepath would cost more bytes
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// What os.Args[0] means can only be told at the start, before the program
+// changes directory.
+var (
+	startDir, _ = workingDir()
+	startArg0   = arg0()
+)
+
+func arg0() string {
+	if len(os.Args) == 0 {
+		return ""
+	}
+	return os.Args[0]
+}
+
+// A child is a process that Upgrade has started.
+type child struct {
+	pid  int
+	proc *os.Process
+	watch
+	sibling bool // it is not this process's own child: its status is another's
+}
+
+// defaultCommand is the command by which this process was started.
+func defaultCommand() *Command {
+	c := &Command{Path: startPath(), Env: os.Environ(), Dir: startDir}
+	if len(os.Args) > 0 {
+		c.Args = slices.Clone(os.Args[1:])
+	}
+	if _, err := os.Stat(c.Dir); errors.Is(err, os.ErrNotExist) {
+		c.Dir = "" // deleted: stay where this process is
+	}
+	return c
+}
+
+// startPath is what os.Args[0] meant at the start: a name without a slash was
+// looked up in $PATH, and will be again.
+func startPath() string {
+	if startDir != "" && strings.Contains(startArg0, "/") && !path.IsAbs(startArg0) {
+		return path.Join(startDir, startArg0)
+	}
+	return startArg0
+}
+
+// startChild runs cmd. It gets the standard descriptors of this process and its
+// end of the stream, as descriptor 3. Everything else of this package and of
+// Go's is close-on-exec.
+func startChild(cmd *Command, streamFD int, peer string) (*child, error) {
+	program, err := lookUp(cmd.Path)
+	if err != nil {
+		return nil, err
+	}
+	name := cmd.Path
+	if name == startPath() {
+		name = startArg0 // so that its successor, too, looks it up as it was
+	}
+	files := []uintptr{0, 1, 2, uintptr(streamFD)}
+	for fd := range 3 {
+		if inherits(fd) {
+			continue
+		}
+		// Closed; what has its number now is not the caller's to give.
+		null, err := unix.Open(os.DevNull, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return nil, &os.PathError{Op: "open", Path: os.DevNull, Err: err}
+		}
+		defer unix.Close(null)
+		files[fd] = uintptr(null)
+	}
+	env := slices.DeleteFunc(slices.Clone(cmd.Env), func(s string) bool {
+		return strings.HasPrefix(s, envName+"=")
+	})
+	c := &child{sibling: cmd.Sibling}
+	attr := &syscall.ProcAttr{
+		Dir:   cmd.Dir,
+		Env:   append(env, envName+"=fd=3 "+peer),
+		Files: files,
+	}
+	if err := c.prepare(attr, cmd.Sibling); err != nil {
+		return nil, err
+	}
+	argv := append([]string{name}, cmd.Args...)
+	for end := time.Now().Add(time.Second); ; time.Sleep(10 * time.Millisecond) {
+		c.pid, _, err = syscall.StartProcess(program, argv, attr)
+		// A program that was written a moment ago may still be open for
+		// writing in a process that is just being started elsewhere.
+		if err != syscall.ETXTBSY || time.Now().After(end) {
+			break
+		}
+	}
+	if err != nil {
+		if fi, serr := os.Stat(cmd.Dir); cmd.Dir != "" && (serr != nil || !fi.IsDir()) {
+			return nil, fmt.Errorf("working directory %q: %w", cmd.Dir, err)
+		}
+		return nil, &os.PathError{Op: "fork/exec", Path: program, Err: err}
+	}
+	c.begin(c.pid)
+	c.proc, err = os.FindProcess(c.pid)
+	if err != nil { // not on these systems
+		return nil, err
+	}
+	return c, nil
+}
+
+// lookUp finds a program without a slash in its name in $PATH, as a shell
+// does, but never in the current directory.
+func lookUp(name string) (string, error) {
+	if name == "" {
+		return "", errors.New("Command.Path is empty; want a program")
+	}
+	if strings.Contains(name, "/") {
+		return name, nil
+	}
+	err := error(syscall.ENOENT)
+	for _, dir := range strings.Split(os.Getenv("PATH"), ":") {
+		file := dir + "/" + name
+		if !path.IsAbs(dir) {
+			continue
+		}
+		fi, serr := os.Stat(file)
+		switch {
+		case serr != nil || fi.IsDir():
+		case unix.Access(file, unix.X_OK) != nil:
+			err = syscall.EACCES
+		default:
+			return file, nil
+		}
+	}
+	return "", &os.PathError{Op: "look up in $PATH", Path: name, Err: err}
+}
+
+// workingDir is os.Getwd without its search for a directory's name, for which
+// the system call suffices: $PWD, if that is it, keeps the symbolic links that
+// led here, and a link that is flipped is followed anew.
+func workingDir() (string, error) {
+	if dir := os.Getenv("PWD"); path.IsAbs(dir) {
+		var a, b unix.Stat_t
+		if unix.Stat(dir, &a) == nil && unix.Stat(".", &b) == nil && a.Dev == b.Dev && a.Ino == b.Ino {
+			return dir, nil
+		}
+	}
+	dir, err := unix.Getwd()
+	return dir, os.NewSyscallError("getwd", err)
+}
+
+// absolute makes a path independent of the working directory.
+func absolute(name string) (string, error) {
+	if path.IsAbs(name) {
+		return path.Clean(name), nil
+	}
+	dir, err := workingDir()
+	if err != nil {
+		return "", fmt.Errorf("the path %q is relative to a working directory that has gone: %w", name, err)
+	}
+	return path.Join(dir, name), nil
+}
+
+// inherits reports whether a standard descriptor is there to be inherited.
+func inherits(fd int) bool {
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+	return err == nil && flags&unix.FD_CLOEXEC == 0
+}
+
+// kill ends c. A process that has ended is no error.
+func (c *child) kill() error {
+	if done, err := c.watch.kill(); done {
+		return err
+	}
+	if err := c.proc.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	return nil
+}
+
+// wait reaps c, which has exited, and returns how; nil: that is not known.
+func (c *child) wait() *os.ProcessState {
+	defer c.release()
+	if c.sibling {
+		return nil
+	}
+	state, err := c.proc.Wait()
+	if err != nil { // reaped by another part of the program
+		return nil
+	}
+	return state
+}
+
+// release gives up what the system keeps for c in this process.
+func (c *child) release() {
+	c.watch.close()
+	_ = c.proc.Release()
+}

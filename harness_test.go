@@ -1,0 +1,1090 @@
+package ecdysis_test
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ecdysis-go/ecdysis"
+)
+
+// The tests run real processes: the test binary again, in a role that the
+// environment names. Each process connects to its test's hub, says at which
+// point of its life it is, does there what the test has planned for it, and
+// takes commands when it serves. Nothing here waits for time to pass, except
+// to find that something does not happen within patience.
+
+const (
+	roleVar = "ECDYSIS_TEST_ROLE"
+	hubVar  = "ECDYSIS_TEST_HUB"
+
+	// patience is how long a test waits for what must happen.
+	patience = 20 * time.Second
+)
+
+func TestMain(m *testing.M) {
+	switch role := os.Getenv(roleVar); role {
+	case "":
+		os.Exit(m.Run())
+	case "daemon":
+		daemonMain()
+	default:
+		if f, ok := roles[role]; ok {
+			f()
+			return
+		}
+		fmt.Fprintf(os.Stderr, "no role %q\n", role)
+		os.Exit(2)
+	}
+}
+
+// roles are what a test process can be, beside "daemon".
+var roles = map[string]func(){
+	"raw": rawMain,
+}
+
+// A spec is what the hub tells a process when it connects. Exported fields
+// travel as JSON.
+type spec struct {
+	Options    options
+	Listen     [][2]string       // network, address
+	Config     []listenConfig    // of the listeners, as far as it goes
+	Do         map[string]string // point -> "hold", "exit 3", "panic", "kill", "hang", "stop" …
+	NoAccept   bool              // do not accept at all
+	LateAccept bool              // start the accept loops after Ready, as the README's daemon does
+	Wait       bool              // run Upgrader.Wait and exit as the README's daemon does
+}
+
+type options struct {
+	UpgradeTimeout, Probation time.Duration
+	PIDFile                   string
+	UpgradeSignals            []syscall.Signal
+	StopSignals               []syscall.Signal
+	PartialStopSignals        []syscall.Signal
+}
+
+type listenConfig struct {
+	Backlog    int
+	Mode       os.FileMode
+	ReusePort  bool
+	KeepOnStop bool
+}
+
+func (o options) real() ecdysis.Options {
+	r := ecdysis.Options{UpgradeTimeout: o.UpgradeTimeout, Probation: o.Probation, PIDFile: o.PIDFile}
+	for _, s := range o.UpgradeSignals {
+		r.UpgradeSignals = append(r.UpgradeSignals, s)
+	}
+	for _, s := range o.StopSignals {
+		r.StopSignals = append(r.StopSignals, s)
+	}
+	for _, s := range o.PartialStopSignals {
+		r.PartialStopSignals = append(r.PartialStopSignals, s)
+	}
+	return r
+}
+
+// A command is what the hub sends to a process that is at a point or serves.
+type command struct {
+	ID   int
+	Verb string
+	Args []string
+
+	Command *ecdysis.Command // "upgrade": what Prepare makes of it; zero fields stay
+	SetEnv  []string         // "upgrade": added to the environment by Prepare
+}
+
+// A message is what a process sends to its hub.
+type message struct {
+	At    string      `json:",omitempty"` // a point is reached
+	Event *eventMsg   `json:",omitempty"`
+	ID    int         `json:",omitempty"` // of the command that this answers
+	Err   *errMsg     `json:",omitempty"`
+	Text  []string    `json:",omitempty"`
+	Hello *helloMsg   `json:",omitempty"`
+	Addrs [][2]string `json:",omitempty"` // network, address of each listener
+}
+
+type helloMsg struct{ PID int }
+
+type eventMsg struct {
+	Kind       ecdysis.EventKind
+	PID        int
+	Generation int
+	Unclaimed  []string
+	Err        string
+	Line       string
+}
+
+// An errMsg is an error, flattened.
+type errMsg struct {
+	Text string
+	Is   []string // which of the known errors it is
+	Step string   // of an UpgradeError
+	PID  int
+	How  string // State.String()
+}
+
+var knownErrors = map[string]error{
+	"ErrNotReady": ecdysis.ErrNotReady, "ErrInProgress": ecdysis.ErrInProgress, "ErrUpgraded": ecdysis.ErrUpgraded,
+	"ErrStopped": ecdysis.ErrStopped, "ErrInit": ecdysis.ErrInit, "ErrAborted": ecdysis.ErrAborted,
+	"deadline": os.ErrDeadlineExceeded, "unexpected EOF": io.ErrUnexpectedEOF, "not exist": os.ErrNotExist,
+	"permission": os.ErrPermission, "closed": net.ErrClosed, "unsupported": errors.ErrUnsupported,
+	"ENOEXEC": syscall.ENOEXEC, "EADDRINUSE": syscall.EADDRINUSE, "ETXTBSY": syscall.ETXTBSY, "EMFILE": syscall.EMFILE,
+}
+
+func toErrMsg(err error) *errMsg {
+	if err == nil {
+		return nil
+	}
+	m := &errMsg{Text: err.Error()}
+	for name, known := range knownErrors {
+		if errors.Is(err, known) {
+			m.Is = append(m.Is, name)
+		}
+	}
+	var ue *ecdysis.UpgradeError
+	if errors.As(err, &ue) {
+		m.Step, m.PID = ue.Step, ue.PID
+		if ue.State != nil {
+			m.How = ue.State.String()
+		}
+	}
+	return m
+}
+
+// The daemon's side.
+
+type daemon struct {
+	spec  spec
+	u     *ecdysis.Upgrader
+	lns   []net.Listener
+	wmu   sync.Mutex // serializes enc
+	enc   *json.Encoder
+	cmds  chan command
+	prep  atomic.Pointer[command]
+	conns sync.WaitGroup
+	loops sync.WaitGroup
+}
+
+func daemonMain() {
+	d := &daemon{cmds: make(chan command)}
+	var err error
+	d.dial()
+	if d.point("start"); os.Getenv("ECDYSIS_TEST_CHDIR") != "" {
+		if err := os.Chdir(os.Getenv("ECDYSIS_TEST_CHDIR")); err != nil {
+			fatal(err)
+		}
+	}
+	opts := d.spec.Options.real()
+	opts.Notify = func(e ecdysis.Event) {
+		m := &eventMsg{Kind: e.Kind, PID: e.PID, Generation: e.Generation, Unclaimed: e.Unclaimed, Line: e.String()}
+		if e.Err != nil {
+			m.Err = e.Err.Error()
+		}
+		d.send(message{Event: m})
+		d.point("event " + string(e.Kind))
+	}
+	opts.Prepare = func(c *ecdysis.Command) error {
+		d.point("prepare")
+		p := d.prep.Swap(nil)
+		if p == nil {
+			return nil
+		}
+		if len(p.Args) > 0 && p.Args[0] == "veto" {
+			return errors.New("vetoed")
+		}
+		if o := p.Command; o != nil {
+			c.Path = cmp.Or(o.Path, c.Path)
+			c.Dir = cmp.Or(o.Dir, c.Dir)
+			c.Sibling = o.Sibling
+			if o.Args != nil {
+				c.Args = o.Args
+			}
+			if o.Env != nil {
+				c.Env = o.Env
+			}
+		}
+		c.Env = append(slices.DeleteFunc(c.Env, func(s string) bool {
+			name, _, _ := strings.Cut(s, "=")
+			return slices.ContainsFunc(p.SetEnv, func(n string) bool { return strings.HasPrefix(n, name+"=") })
+		}), p.SetEnv...)
+		return nil
+	}
+	if d.u, err = ecdysis.New(opts); err != nil {
+		d.send(message{At: "new failed", Err: toErrMsg(err)})
+		fatal(err)
+	}
+	d.point("new")
+	for i, na := range d.spec.Listen {
+		if err := d.listen(i, na[0], na[1]); err != nil {
+			d.send(message{At: "listen failed", Err: toErrMsg(err)})
+			fatal(d.u.Fail(err))
+		}
+	}
+	d.addrs()
+	d.point("listened")
+	if !d.spec.LateAccept && !d.spec.NoAccept {
+		d.accept()
+	}
+	if d.spec.Wait {
+		d.loops.Add(1)
+		go func() {
+			defer d.loops.Done()
+			e := d.u.Wait()
+			d.send(message{At: "wait returned", Text: []string{string(e.Kind), fmt.Sprint(e.Signal)}})
+			for _, ln := range d.lns {
+				ln.Close()
+			}
+		}()
+	}
+	if err := d.u.Ready(); err != nil {
+		d.send(message{At: "ready failed", Err: toErrMsg(err)})
+		fatal(err)
+	}
+	d.point("serving")
+	if d.spec.LateAccept {
+		d.accept()
+	}
+	go d.commands()
+	if d.spec.Wait {
+		d.loops.Wait()
+		d.conns.Wait()
+		return
+	}
+	select {} // until it is killed or told to exit
+}
+
+func fatal(err error) {
+	fmt.Fprintln(os.Stderr, "daemon:", err)
+	os.Exit(1)
+}
+
+// dial connects to the hub, over a descriptor that no child inherits.
+func (d *daemon) dial() {
+	c, err := net.Dial("unix", os.Getenv(hubVar))
+	if err != nil {
+		fatal(err)
+	}
+	d.enc = json.NewEncoder(c)
+	d.send(message{Hello: &helloMsg{PID: os.Getpid()}})
+	dec := json.NewDecoder(bufio.NewReader(c))
+	if err := dec.Decode(&d.spec); err != nil {
+		fatal(err)
+	}
+	go func() {
+		for {
+			var c command
+			if err := dec.Decode(&c); err != nil {
+				os.Exit(3) // the test is over
+			}
+			d.cmds <- c
+		}
+	}()
+}
+
+func (d *daemon) send(m message) {
+	d.wmu.Lock()
+	defer d.wmu.Unlock()
+	_ = d.enc.Encode(m)
+}
+
+func (d *daemon) addrs() {
+	var list [][2]string
+	for _, ln := range d.lns {
+		list = append(list, [2]string{ln.Addr().Network(), ln.Addr().String()})
+	}
+	d.send(message{Addrs: list})
+}
+
+// point does what the test has planned for this point.
+func (d *daemon) point(name string) {
+	d.send(message{At: name})
+	for _, do := range strings.Split(d.spec.Do[name], ";") {
+		verb, arg, _ := strings.Cut(strings.TrimSpace(do), " ")
+		switch verb {
+		case "":
+		case "hold":
+			for c := range d.cmds {
+				if c.Verb == "go" {
+					break
+				}
+				go d.run(c)
+			}
+		case "exit":
+			n, _ := strconv.Atoi(arg)
+			os.Exit(n)
+		case "panic":
+			panic("planned")
+		case "fail":
+			fatal(d.u.Fail(errors.New(arg)))
+		case "kill":
+			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {}
+		case "hang":
+			select {}
+		case "helper": // leave a process behind that holds every descriptor, even the stream
+			leaveHelper()
+		case "call":
+			res := d.do(command{Verb: arg})
+			d.send(message{At: name + " " + arg, Err: res.Err, Text: res.Text})
+		default:
+			panic("no such thing to do: " + do)
+		}
+	}
+}
+
+func (d *daemon) listen(i int, network, address string) error {
+	var lc ecdysis.ListenConfig
+	if i < len(d.spec.Config) {
+		c := d.spec.Config[i]
+		lc = ecdysis.ListenConfig{Backlog: c.Backlog, Mode: c.Mode, ReusePort: c.ReusePort, KeepOnStop: c.KeepOnStop}
+	}
+	ln, err := d.u.ListenWith(lc, network, address)
+	if err == nil {
+		d.lns = append(d.lns, ln)
+	}
+	return err
+}
+
+// accept answers every line with this process's ID and generation.
+func (d *daemon) accept() {
+	for _, ln := range d.lns {
+		d.acceptOn(ln)
+	}
+}
+
+func (d *daemon) acceptOn(ln net.Listener) {
+	d.loops.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			d.conns.Go(func() {
+				defer c.Close()
+				r := bufio.NewReader(c)
+				for {
+					if _, err := r.ReadString('\n'); err != nil {
+						return
+					}
+					fmt.Fprintf(c, "%d %d\n", os.Getpid(), d.u.Generation())
+				}
+			})
+		}
+	})
+}
+
+func (d *daemon) commands() {
+	for c := range d.cmds {
+		go d.run(c)
+	}
+}
+
+func (d *daemon) run(c command) {
+	m := d.do(c)
+	m.ID = c.ID
+	d.send(m)
+}
+
+func (d *daemon) do(c command) (m message) {
+	arg := func(i int) string {
+		if i < len(c.Args) {
+			return c.Args[i]
+		}
+		return ""
+	}
+	switch c.Verb {
+	case "upgrade":
+		if c.Command != nil || c.SetEnv != nil || c.Args != nil {
+			d.prep.Store(&c)
+		}
+		m.Err = toErrMsg(d.u.Upgrade())
+	case "ready":
+		m.Err = toErrMsg(d.u.Ready())
+	case "stop":
+		d.u.Stop()
+	case "fail":
+		m.Err = toErrMsg(d.u.Fail(errors.New("told to fail")))
+	case "listen":
+		n := len(d.lns)
+		if m.Err = toErrMsg(d.listen(len(d.spec.Config), arg(0), arg(1))); m.Err == nil {
+			d.acceptOn(d.lns[n])
+			m.Text = []string{d.lns[n].Addr().String()}
+		}
+	case "close": // a listener
+		n, _ := strconv.Atoi(arg(0))
+		m.Err = toErrMsg(d.lns[n].Close())
+	case "waitparent":
+		limit, err := time.ParseDuration(cmp.Or(arg(0), patience.String()))
+		if err != nil {
+			panic(err)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), limit)
+		defer cancel()
+		m.Err = toErrMsg(d.u.WaitForParent(ctx))
+	case "exited": // has Exit been closed?
+		select {
+		case <-d.u.Exit():
+			m.Text = []string{"yes"}
+		default:
+			m.Text = []string{"no"}
+		}
+	case "awaitexit":
+		<-d.u.Exit()
+	case "fds":
+		m.Text = openFDs()
+	case "environ":
+		m.Text = os.Environ()
+	case "args":
+		m.Text = os.Args
+	case "wd":
+		wd, err := os.Getwd()
+		m.Text, m.Err = []string{wd}, toErrMsg(err)
+	case "chdir":
+		m.Err = toErrMsg(os.Chdir(arg(0)))
+	case "program": // what a program that this process runs inherits
+		cmd := exec.Command(arg(0), c.Args[1:]...)
+		out, err := cmd.CombinedOutput()
+		m.Text, m.Err = strings.Split(string(out), "\n"), toErrMsg(err)
+	case "generation":
+		m.Text = []string{strconv.Itoa(d.u.Generation()), strconv.FormatBool(d.u.HasParent())}
+	case "exit":
+		n, _ := strconv.Atoi(arg(0))
+		d.conns.Wait()
+		os.Exit(n)
+	default:
+		if f, ok := verbs[c.Verb]; ok {
+			return f(d, c)
+		}
+		m.Err = &errMsg{Text: "no such command: " + c.Verb}
+	}
+	return m
+}
+
+// verbs are commands that single tests add.
+var verbs = map[string]func(*daemon, command) message{}
+
+// openFDs lists the open descriptors of this process and what they are.
+func openFDs() []string {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return []string{err.Error()}
+	}
+	var list []string
+	for _, e := range entries {
+		if target, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && !strings.HasPrefix(target, "/proc/") {
+			list = append(list, e.Name()+" "+target)
+		}
+	}
+	return list
+}
+
+// isClient reports a connection that was accepted: its end must be seen.
+func isClient(fd int) bool {
+	peer, err := syscall.Getpeername(fd)
+	if err != nil {
+		return false
+	}
+	_, isTCP := peer.(*syscall.SockaddrInet4)
+	local, err := syscall.Getsockname(fd)
+	name, isUnix := local.(*syscall.SockaddrUnix)
+	return isTCP || err == nil && isUnix && name.Name != "" && name.Name != "@"
+}
+
+// leaveHelper starts a process that holds copies of all of this process's
+// descriptors and lives until the test's hub is gone.
+func leaveHelper() {
+	var files []*os.File
+	for _, s := range openFDs() {
+		n, _ := strconv.Atoi(strings.Fields(s)[0])
+		if n > 2 && !strings.Contains(s, "anon_inode") && !isClient(n) {
+			if fd, err := syscall.Dup(n); err == nil {
+				files = append(files, os.NewFile(uintptr(fd), ""))
+			}
+		}
+	}
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), roleVar+"=holder")
+	cmd.ExtraFiles = files
+	if err := cmd.Start(); err != nil {
+		panic(err)
+	}
+}
+
+func init() {
+	roles["holder"] = func() {
+		c, err := net.Dial("unix", os.Getenv(hubVar))
+		if err != nil {
+			fatal(err)
+		}
+		enc := json.NewEncoder(c)
+		_ = enc.Encode(message{Hello: &helloMsg{PID: -os.Getpid()}})
+		_, _ = io.Copy(io.Discard, c) // until the test is over
+	}
+}
+
+// rawMain is a successor that speaks bytes, as the hub says: "write" of a Go
+// string literal to the stream, "read" of a frame header's worth, "exit".
+func rawMain() {
+	d := &daemon{cmds: make(chan command)}
+	d.dial()
+	var fd int
+	for _, f := range strings.Fields(os.Getenv("ECDYSIS_PARENT")) {
+		if v, ok := strings.CutPrefix(f, "fd="); ok {
+			fd, _ = strconv.Atoi(v)
+		}
+	}
+	f := os.NewFile(uintptr(fd), "")
+	d.point("raw")
+	for c := range d.cmds {
+		var m message
+		switch c.Verb {
+		case "write":
+			s, err := strconv.Unquote(c.Args[0])
+			if err == nil {
+				_, err = io.WriteString(f, s)
+			}
+			m.Err = toErrMsg(err)
+		case "readuntil": // a frame of this kind
+			m.Err = toErrMsg(readUntil(f, c.Args[0][0]))
+		case "exit":
+			os.Exit(0)
+		}
+		m.ID = c.ID
+		d.send(m)
+	}
+}
+
+// readUntil reads frames until one of this kind has come.
+func readUntil(r io.Reader, kind byte) error {
+	for {
+		var h [5]byte
+		if _, err := io.ReadFull(r, h[:]); err != nil {
+			return err
+		}
+		n := int64(h[1])<<24 | int64(h[2])<<16 | int64(h[3])<<8 | int64(h[4])
+		if _, err := io.CopyN(io.Discard, r, n); err != nil {
+			return err
+		}
+		if h[0] == kind {
+			return nil
+		}
+	}
+}
+
+// The test's side.
+
+type hub struct {
+	t    *testing.T
+	ln   net.Listener
+	path string
+	dir  string
+
+	mu    sync.Mutex
+	specs []spec // of the processes to come; the last one stays
+	procs chan *proc
+	all   []*proc
+}
+
+// shortDir is a t.TempDir with a path that leaves room for socket names.
+func shortDir(t testing.TB) string {
+	dir, err := os.MkdirTemp("", "ecd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// newHub returns a hub whose processes get these specs, in the order in which
+// they start; the last one is for all that follow.
+func newHub(t *testing.T, specs ...spec) *hub {
+	t.Helper()
+	dir := shortDir(t)
+	h := &hub{t: t, dir: dir, path: filepath.Join(dir, "hub"), specs: specs, procs: make(chan *proc, 1000)}
+	var err error
+	if h.ln, err = net.Listen("unix", h.path); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for {
+			c, err := h.ln.Accept()
+			if err != nil {
+				return
+			}
+			go h.serve(c)
+		}
+	}()
+	t.Cleanup(func() {
+		h.ln.Close()
+		h.mu.Lock()
+		all := h.all
+		h.mu.Unlock()
+		for _, p := range all {
+			_ = p.os.Kill()
+			p.conn.Close()
+		}
+		for _, p := range all {
+			<-p.gone
+		}
+	})
+	return h
+}
+
+// next replaces the specs of the processes to come.
+func (h *hub) next(specs ...spec) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.specs = specs
+}
+
+// A proc is a process that has connected to the hub.
+type proc struct {
+	h     *hub
+	t     *testing.T
+	pid   int
+	os    *os.Process
+	conn  net.Conn
+	gone  chan struct{} // closed when it has ended, or closed its connection
+	addrs chan [][2]string
+
+	mu      sync.Mutex
+	changed chan struct{}
+	points  []message
+	events  []eventMsg
+	replies map[int]chan message
+	lastID  int
+}
+
+func (h *hub) serve(c net.Conn) {
+	dec := json.NewDecoder(bufio.NewReader(c))
+	var m message
+	if err := dec.Decode(&m); err != nil || m.Hello == nil {
+		c.Close()
+		return
+	}
+	pid := m.Hello.PID
+	proc0, _ := os.FindProcess(max(pid, -pid))
+	p := &proc{h: h, t: h.t, pid: pid, os: proc0, conn: c, gone: make(chan struct{}), addrs: make(chan [][2]string, 16),
+		changed: make(chan struct{}), replies: make(map[int]chan message)}
+	h.mu.Lock()
+	h.all = append(h.all, p)
+	if pid > 0 {
+		s := h.specs[0]
+		if len(h.specs) > 1 {
+			h.specs = h.specs[1:]
+		}
+		_ = json.NewEncoder(c).Encode(s)
+	}
+	h.mu.Unlock()
+	if pid > 0 {
+		h.procs <- p
+	}
+	defer close(p.gone)
+	for {
+		var m message
+		if err := dec.Decode(&m); err != nil {
+			return
+		}
+		p.mu.Lock()
+		switch {
+		case m.Addrs != nil:
+			p.addrs <- m.Addrs
+		case m.Event != nil:
+			p.events = append(p.events, *m.Event)
+		case m.At != "":
+			p.points = append(p.points, m)
+		case p.replies[m.ID] != nil:
+			p.replies[m.ID] <- m
+			delete(p.replies, m.ID)
+		}
+		close(p.changed)
+		p.changed = make(chan struct{})
+		p.mu.Unlock()
+	}
+}
+
+// start starts the first process. It ends with the test.
+func (h *hub) start(edit ...func(*exec.Cmd)) *proc {
+	h.t.Helper()
+	cmd := exec.Command(os.Args[0], "-test.run=^$")
+	cmd.Env = append(os.Environ(), roleVar+"=daemon", hubVar+"="+h.path)
+	stderr := new(lockedBuffer)
+	cmd.Stderr = stderr
+	for _, f := range edit {
+		f(cmd)
+	}
+	if err := cmd.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	go func() { _ = cmd.Wait() }()
+	h.t.Cleanup(func() { // before that of newHub, which ends the others
+		_ = cmd.Process.Kill()
+		if h.t.Failed() {
+			h.t.Logf("stderr of the daemons:\n%s", stderr)
+		}
+	})
+	return h.proc()
+}
+
+// A lockedBuffer is read while processes still write to it.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// proc returns the next process that connects.
+func (h *hub) proc() *proc {
+	h.t.Helper()
+	select {
+	case p := <-h.procs:
+		return p
+	case <-time.After(patience):
+		h.t.Fatal("no process has connected")
+		return nil
+	}
+}
+
+// serving starts the first process and returns it when it serves.
+func (h *hub) serving(edit ...func(*exec.Cmd)) *proc {
+	h.t.Helper()
+	p := h.start(edit...)
+	p.at("serving")
+	return p
+}
+
+// wait calls f with p's state locked until it returns true.
+func (p *proc) wait(what string, f func() bool) {
+	p.t.Helper()
+	limit := time.After(patience)
+	gone := p.gone
+	for {
+		p.mu.Lock()
+		ok, changed := f(), p.changed
+		p.mu.Unlock()
+		if ok {
+			return
+		}
+		if gone == nil {
+			p.t.Fatalf("process %d ended before %s; points %v, events %v", p.pid, what, p.points, p.events)
+		}
+		select {
+		case <-changed:
+		case <-gone:
+			gone = nil // look once more
+		case <-limit:
+			p.t.Fatalf("process %d: no %s; points %v, events %v", p.pid, what, p.points, p.events)
+		}
+	}
+}
+
+// at returns when the process has come to the point.
+func (p *proc) at(point string) message {
+	p.t.Helper()
+	var m message
+	p.wait("point "+point, func() bool {
+		i := slices.IndexFunc(p.points, func(m message) bool { return m.At == point })
+		if i >= 0 {
+			m = p.points[i]
+		}
+		return i >= 0
+	})
+	return m
+}
+
+// event returns the n-th event of this kind, counted from 0.
+func (p *proc) event(kind ecdysis.EventKind, n int) eventMsg {
+	p.t.Helper()
+	var e eventMsg
+	p.wait("event "+string(kind), func() bool {
+		i := 0
+		for _, e = range p.events {
+			if e.Kind == kind {
+				if i++; i > n {
+					return true
+				}
+			}
+		}
+		return false
+	})
+	return e
+}
+
+// kinds lists the events so far.
+func (p *proc) kinds() []ecdysis.EventKind {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var list []ecdysis.EventKind
+	for _, e := range p.events {
+		list = append(list, e.Kind)
+	}
+	return list
+}
+
+// begin sends a command; what it returns waits for the answer.
+func (p *proc) begin(c command) func() message {
+	p.t.Helper()
+	ch := make(chan message, 1)
+	p.mu.Lock()
+	p.lastID++
+	c.ID = p.lastID
+	p.replies[c.ID] = ch
+	err := json.NewEncoder(p.conn).Encode(c)
+	p.mu.Unlock()
+	if err != nil {
+		p.t.Fatalf("process %d: %v", p.pid, err)
+	}
+	return func() message {
+		p.t.Helper()
+		select {
+		case m := <-ch:
+			return m
+		case <-p.gone:
+			select {
+			case m := <-ch:
+				return m
+			default:
+			}
+			p.t.Fatalf("process %d ended without an answer to %s", p.pid, c.Verb)
+		case <-time.After(patience):
+			p.t.Fatalf("process %d does not answer to %s; points %v, events %v", p.pid, c.Verb, p.points, p.events)
+		}
+		return message{}
+	}
+}
+
+// call sends a command and returns its answer.
+func (p *proc) call(verb string, args ...string) message {
+	p.t.Helper()
+	return p.begin(command{Verb: verb, Args: args})()
+}
+
+// resume lets a process go on that holds at a point.
+func (p *proc) resume() {
+	p.t.Helper()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := json.NewEncoder(p.conn).Encode(command{Verb: "go"}); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// upgrade upgrades p and returns its successor, which serves.
+func (p *proc) upgrade() *proc {
+	p.t.Helper()
+	answer := p.begin(command{Verb: "upgrade"})
+	s := p.h.proc()
+	if m := answer(); m.Err != nil {
+		p.t.Fatalf("upgrade: %+v", m.Err)
+	}
+	s.at("serving")
+	return s
+}
+
+// failUpgrade makes an attempt that must fail so, and returns its error.
+func (p *proc) failUpgrade(c command, step, is string) *errMsg {
+	p.t.Helper()
+	c.Verb = "upgrade"
+	m := p.begin(c)()
+	checkErr(p.t, m.Err, step, is)
+	return m.Err
+}
+
+func checkErr(t *testing.T, e *errMsg, step, is string) {
+	t.Helper()
+	if e == nil {
+		t.Fatalf("no error; want one at step %q that is %q", step, is)
+	}
+	if e.Step != step || is != "" && !slices.Contains(e.Is, is) {
+		t.Fatalf("error %+v; want step %q, %q", e, step, is)
+	}
+}
+
+// addr returns the first process's i-th address.
+func (p *proc) addr(i int) (network, address string) {
+	p.t.Helper()
+	select {
+	case a := <-p.addrs:
+		p.addrs <- a
+		return a[i][0], a[i][1]
+	case <-time.After(patience):
+		p.t.Fatal("no addresses")
+		return "", ""
+	}
+}
+
+// kill ends p and returns when it has ended.
+func (p *proc) kill() {
+	p.t.Helper()
+	if err := p.os.Kill(); err != nil {
+		p.t.Fatal(err)
+	}
+	p.ended()
+}
+
+// ended returns when p has ended.
+func (p *proc) ended() {
+	p.t.Helper()
+	select {
+	case <-p.gone:
+	case <-time.After(patience):
+		p.t.Fatalf("process %d has not ended", p.pid)
+	}
+}
+
+// ask connects, sends a line and returns who answers.
+func ask(network, address string) (pid, generation int, err error) {
+	c, err := net.DialTimeout(network, address, patience)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer c.Close()
+	return askOn(c)
+}
+
+func askOn(c net.Conn) (pid, generation int, err error) {
+	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+		return 0, 0, err
+	}
+	if _, err := io.WriteString(c, "who\n"); err != nil {
+		return 0, 0, err
+	}
+	var line [64]byte
+	n := 0
+	for n == 0 || line[n-1] != '\n' {
+		m, err := c.Read(line[n:])
+		if err != nil {
+			return 0, 0, err
+		}
+		n += m
+	}
+	_, err = fmt.Sscan(string(line[:n]), &pid, &generation)
+	return pid, generation, err
+}
+
+// serves asserts that p answers at each of its addresses.
+func (p *proc) serves() {
+	p.t.Helper()
+	a := <-p.addrs
+	p.addrs <- a
+	for _, na := range a {
+		pid, _, err := ask(na[0], na[1])
+		if err != nil || pid != p.pid {
+			p.t.Fatalf("%s %s: process %d answers, %v; want %d", na[0], na[1], pid, err, p.pid)
+		}
+	}
+}
+
+// A load is clients that connect again and again.
+type load struct {
+	t    *testing.T
+	stop chan struct{}
+	wg   sync.WaitGroup
+
+	answered atomic.Int64
+	seen     atomic.Int64 // the newest generation that has answered
+
+	mu       sync.Mutex
+	failures []string
+	overlaps []string
+}
+
+// startLoad runs n clients for each address. A client that began to connect
+// after a newer generation had answered must not be answered by an older one,
+// unless resumes says that the older one may take over again.
+func startLoad(t *testing.T, n int, resumes bool, addrs ...[2]string) *load {
+	l := &load{t: t, stop: make(chan struct{})}
+	for _, a := range addrs {
+		for range n {
+			l.wg.Go(func() {
+				for {
+					select {
+					case <-l.stop:
+						return
+					default:
+					}
+					seen := l.seen.Load()
+					_, g, err := ask(a[0], a[1])
+					if err != nil {
+						l.mu.Lock()
+						l.failures = append(l.failures, err.Error())
+						l.mu.Unlock()
+						continue
+					}
+					l.answered.Add(1)
+					if int64(g) < seen && !resumes {
+						l.mu.Lock()
+						l.overlaps = append(l.overlaps, fmt.Sprintf("generation %d answered after %d had", g, seen))
+						l.mu.Unlock()
+					}
+					for s := l.seen.Load(); int64(g) > s && !l.seen.CompareAndSwap(s, int64(g)); s = l.seen.Load() {
+					}
+				}
+			})
+		}
+	}
+	t.Cleanup(func() { l.end() })
+	return l
+}
+
+// more returns when n more requests were answered.
+func (l *load) more(n int64) {
+	l.t.Helper()
+	want := l.answered.Load() + n
+	for end := time.Now().Add(patience); l.answered.Load() < want; {
+		if time.Now().After(end) {
+			l.t.Fatalf("%d requests answered, want %d", l.answered.Load(), want)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func (l *load) end() {
+	select {
+	case <-l.stop:
+	default:
+		close(l.stop)
+	}
+	l.wg.Wait()
+}
+
+// check ends the load and asserts that no request has failed.
+func (l *load) check() {
+	l.t.Helper()
+	l.end()
+	if n := len(l.failures); n > 0 {
+		l.t.Errorf("%d of %d requests failed, the first one: %s", n, l.answered.Load()+int64(n), l.failures[0])
+	}
+	if n := len(l.overlaps); n > 0 {
+		l.t.Errorf("%d moments of two generations accepting, the first one: %s", n, l.overlaps[0])
+	}
+}

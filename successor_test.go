@@ -1,0 +1,1436 @@
+package ecdysis_test
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ecdysis-go/ecdysis"
+)
+
+// What a successor can do wrong, and what it can be: whatever it is, the old
+// process serves on, says why, and is left as it was.
+
+func init() {
+	// With the race detector a process takes a second to exit, which is
+	// longer than the old process waits to learn how it ended.
+	if _, ok := os.LookupEnv("GORACE"); !ok {
+		os.Setenv("GORACE", "atexit_sleep_ms=0")
+	}
+	verbs["accept"] = func(d *daemon, c command) message {
+		d.accept()
+		return message{}
+	}
+	// listenat FD: listens with a socket whose number is FD.
+	verbs["listenat"] = func(d *daemon, c command) (m message) {
+		fd, _ := strconv.Atoi(c.Args[0])
+		lc := ecdysis.ListenConfig{Control: func(string, string, syscall.RawConn) error { return syscall.Close(fd) }}
+		ln, err := d.u.ListenWith(lc, "tcp", "127.0.0.1:0")
+		if err != nil {
+			return message{Err: toErrMsg(err)}
+		}
+		d.lns = append(d.lns, ln)
+		d.acceptOn(ln)
+		sa, err := syscall.Getsockname(fd)
+		if in, ok := sa.(*syscall.SockaddrInet4); !ok || in.Port != ln.Addr().(*net.TCPAddr).Port {
+			return message{Err: &errMsg{Text: fmt.Sprintf("descriptor %d is not the socket: %v, %v", fd, sa, err)}}
+		}
+		return message{Text: []string{ln.Addr().String()}}
+	}
+	verbs["closefd"] = func(d *daemon, c command) message {
+		fd, _ := strconv.Atoi(c.Args[0])
+		return message{Err: toErrMsg(syscall.Close(fd))}
+	}
+	verbs["flags"] = func(d *daemon, c command) (m message) {
+		for fd := range 3 {
+			n, _, errno := syscall.Syscall(syscall.SYS_FCNTL, uintptr(fd), syscall.F_GETFL, 0)
+			if errno != 0 {
+				m.Err = toErrMsg(errno)
+			}
+			m.Text = append(m.Text, strconv.FormatBool(n&syscall.O_NONBLOCK != 0))
+		}
+		return m
+	}
+	verbs["hexargs"] = func(d *daemon, c command) (m message) {
+		for _, a := range os.Args {
+			m.Text = append(m.Text, hex.EncodeToString([]byte(a)))
+		}
+		return m
+	}
+	verbs["hexenv"] = func(d *daemon, c command) (m message) {
+		for _, e := range os.Environ() {
+			m.Text = append(m.Text, hex.EncodeToString([]byte(e)))
+		}
+		return m
+	}
+}
+
+// childrenOf lists the children of a process, those that have ended and were
+// not reaped included.
+func childrenOf(t *testing.T, pid int) []string {
+	t.Helper()
+	all, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil || len(all) == 0 {
+		t.Skip("needs /proc")
+	}
+	var list []string
+	for _, f := range all {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			continue // it has gone
+		}
+		// "pid (name) state ppid …", and the name may hold anything
+		rest := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+		if rest[1] == strconv.Itoa(pid) {
+			list = append(list, string(b[:bytes.LastIndexByte(b, ')')+1])+" "+rest[0])
+		}
+	}
+	return list
+}
+
+func parentOf(t *testing.T, pid int) int {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := strconv.Atoi(strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// A survivor is a process that serves clients while its upgrades fail.
+type survivor struct {
+	*proc
+	load   *load
+	fds    []string
+	failed int
+}
+
+func newSurvivor(h *hub, edit ...func(*exec.Cmd)) *survivor {
+	h.t.Helper()
+	p := h.serving(edit...)
+	v := &survivor{proc: p, fds: p.call("fds").Text}
+	network, address := p.addr(0)
+	v.load = startLoad(h.t, 1, false, [2]string{network, address})
+	v.load.more(10)
+	return v
+}
+
+// try begins an upgrade to a successor that connects to the hub.
+func (v *survivor) try(c command) (s *proc, answer func() message) {
+	v.t.Helper()
+	c.Verb = "upgrade"
+	answer = v.begin(c)
+	return v.h.proc(), answer
+}
+
+// want is what the error of a failed attempt must be; zero fields are not
+// looked at, except how.
+type want struct {
+	step string
+	is   string // of knownErrors
+	how  string // how the successor ended; "": there is no State
+	text string
+	pid  int
+}
+
+func (v *survivor) check(m message, w want) {
+	v.t.Helper()
+	checkErr(v.t, m.Err, w.step, w.is)
+	if m.Err.How != w.how {
+		v.t.Errorf("error %+v; want State %q", m.Err, w.how)
+	}
+	if m.Err.PID != w.pid {
+		v.t.Errorf("error %+v; want PID %d", m.Err, w.pid)
+	}
+	if !strings.Contains(m.Err.Text, w.text) {
+		v.t.Errorf("error %.300q; want one with %.300q", m.Err.Text, w.text)
+	}
+	if e := v.event(ecdysis.EventUpgradeFailed, v.failed); e.Err != m.Err.Text || e.PID != w.pid {
+		v.t.Errorf("event %+v; want the error %q", e, m.Err.Text)
+	}
+	v.failed++
+	sameFiles(v.proc, v.fds)
+}
+
+// sameFiles asserts that p has, beside sockets, the descriptors that it had.
+// It does not wait: what is left to the collector would be gone after a while.
+func sameFiles(p *proc, before []string) {
+	p.t.Helper()
+	noSockets := func(fds []string) []string {
+		return slices.DeleteFunc(slices.Clone(fds), func(s string) bool { return strings.Contains(s, " socket:") })
+	}
+	if now, before := noSockets(p.call("fds").Text), noSockets(before); !slices.Equal(now, before) {
+		p.t.Errorf("descriptors that are no sockets: %q; before: %q", now, before)
+	}
+}
+
+// unharmed asserts that v serves, that no request has failed, and that
+// nothing is left of the attempts.
+func (v *survivor) unharmed() {
+	v.t.Helper()
+	v.load.more(10)
+	v.serves()
+	if list := childrenOf(v.t, v.pid); len(list) > 0 {
+		v.t.Errorf("children are left: %q", list)
+	}
+	v.load.check()
+	v.sameFDs()
+}
+
+// sameFDs asserts that v has the descriptors that it had. Those of clients
+// that have just gone are about to be closed.
+func (v *survivor) sameFDs() {
+	v.t.Helper()
+	var now []string
+	for end := time.Now().Add(patience / 4); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if now = v.call("fds").Text; slices.Equal(now, v.fds) {
+			return
+		}
+	}
+	v.t.Errorf("descriptors: %q; before: %q", now, v.fds)
+}
+
+// survived asserts that v is unharmed and can upgrade, and returns its
+// successor.
+func (v *survivor) survived() *proc {
+	v.t.Helper()
+	v.unharmed()
+	v.h.next(tcp())
+	network, address := v.addr(0)
+	v.load = startLoad(v.t, 1, false, [2]string{network, address})
+	v.load.more(10)
+	s := v.upgrade()
+	v.load.more(10)
+	s.serves()
+	v.load.check()
+	return s
+}
+
+func doing(point, what string) spec {
+	s := tcp()
+	s.Do = map[string]string{point: what}
+	return s
+}
+
+// timeout is the UpgradeTimeout of those tests that let it pass, and whose
+// next upgrade must be quicker.
+const timeout = 2 * time.Second
+
+func impatient() spec {
+	s := tcp()
+	s.Options.UpgradeTimeout = timeout
+	return s
+}
+
+// A successor that accepts before it is ready has no client to take with it.
+func TestAcceptLoopsBeforeReady(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct{ do, how string }{
+		{"exit 3", "exit status 3"},
+		{"panic", "exit status 2"},
+		{"kill", "signal: killed"},
+	} {
+		t.Run(tt.do, func(t *testing.T) {
+			t.Parallel()
+			h := newHub(t, tcp(), doing("listened", "call accept;hold;"+tt.do))
+			v := newSurvivor(h)
+			s, answer := v.try(command{})
+			s.at("listened accept")
+			v.load.more(100)
+			s.resume()
+			v.check(answer(), want{step: "init", is: "unexpected EOF", how: tt.how, pid: s.pid})
+			if seen := v.load.seen.Load(); seen != 0 {
+				t.Errorf("generation %d has answered", seen)
+			}
+			v.survived()
+		})
+	}
+}
+
+func TestSuccessorEnds(t *testing.T) {
+	t.Parallel()
+	const reason = "the database\nis away: \xc3\xa9"
+	long := strings.Repeat("0123456789", 10<<10)
+	for _, tt := range []struct {
+		point, do string
+		want      want
+	}{
+		{"start", "exit 3", want{step: "init", is: "unexpected EOF", how: "exit status 3"}},
+		{"start", "exit 0", want{step: "init", is: "unexpected EOF", how: "exit status 0"}},
+		{"start", "panic", want{step: "init", is: "unexpected EOF", how: "exit status 2"}},
+		{"start", "kill", want{step: "init", is: "unexpected EOF", how: "signal: killed"}},
+		{"new", "exit 3", want{step: "init", is: "unexpected EOF", how: "exit status 3"}},
+		{"new", "exit 0", want{step: "init", is: "unexpected EOF", how: "exit status 0"}},
+		{"new", "panic", want{step: "init", is: "unexpected EOF", how: "exit status 2"}},
+		{"new", "fail " + reason, want{step: "init", how: "exit status 1", text: reason}},
+		{"new", "fail " + long[:20<<10], want{step: "init", how: "exit status 1", text: long[:20<<10]}},
+		{"new", "fail " + long, want{step: "init", how: "exit status 1", text: long[:20<<10]}}, // cut to what a frame takes
+		{"listened", "exit 3", want{step: "init", is: "unexpected EOF", how: "exit status 3"}},
+		{"listened", "exit 0", want{step: "init", is: "unexpected EOF", how: "exit status 0"}},
+		{"listened", "panic", want{step: "init", is: "unexpected EOF", how: "exit status 2"}},
+		{"listened", "kill", want{step: "init", is: "unexpected EOF", how: "signal: killed"}},
+		{"listened", "fail " + reason, want{step: "init", how: "exit status 1", text: reason}},
+		{"event ready", "exit 3", want{step: "handover", is: "unexpected EOF", how: "exit status 3"}},
+		{"event ready", "kill", want{step: "handover", is: "unexpected EOF", how: "signal: killed"}},
+	} {
+		t.Run(fmt.Sprintf("%s %.30s", tt.point, tt.do), func(t *testing.T) {
+			t.Parallel()
+			h := newHub(t, tcp(), doing(tt.point, tt.do))
+			v := newSurvivor(h)
+			s, answer := v.try(command{})
+			tt.want.pid = s.pid
+			v.check(answer(), tt.want)
+			resumed := slices.Contains(v.kinds(), ecdysis.EventResumed)
+			if resumed != (tt.want.step == "handover") {
+				t.Errorf("events %v at step %s", v.kinds(), tt.want.step)
+			}
+			v.survived()
+		})
+	}
+}
+
+// A failed attempt does not make the next one fail, and leaves no descriptor
+// to the collector. There are no clients here, whose sockets come and go.
+func TestManyFailures(t *testing.T) {
+	t.Parallel()
+	h := newHub(t, tcp())
+	p := h.serving()
+	fds := p.call("fds").Text
+	for i := range 10 {
+		point := []string{"start", "new", "listened", "event ready"}[i%4]
+		h.next(doing(point, "exit 3"))
+		step := "init"
+		if point == "event ready" {
+			step = "handover"
+		}
+		if e := p.failUpgrade(command{}, step, "unexpected EOF"); e.PID != h.proc().pid || e.How != "exit status 3" {
+			t.Errorf("error %+v; want exit status 3", e)
+		}
+		if now := p.call("fds").Text; !slices.Equal(now, fds) {
+			t.Fatalf("descriptors after failure %d: %q; before: %q", i, now, fds)
+		}
+	}
+	p.serves()
+	h.next(tcp())
+	p.upgrade().serves()
+}
+
+func TestSuccessorHangs(t *testing.T) {
+	t.Parallel()
+	for _, point := range []string{"start", "new", "listened", "event ready"} {
+		t.Run(point, func(t *testing.T) {
+			t.Parallel()
+			h := newHub(t, impatient(), doing(point, "hang"))
+			v := newSurvivor(h)
+			start := time.Now()
+			s, answer := v.try(command{})
+			w := want{step: "init", is: "deadline", how: "signal: killed", pid: s.pid}
+			least := timeout
+			if point == "event ready" {
+				w.step, least = "handover", 5*time.Second
+			}
+			v.check(answer(), w)
+			if d := time.Since(start); d < least {
+				t.Errorf("gave up after %v; want %v", d, least)
+			}
+			s.ended()
+			v.survived()
+		})
+	}
+}
+
+// encode is a frame of the conversation, as docs/design.md has it.
+func encode(kind byte, records ...[]string) string {
+	var b []byte
+	for _, r := range records {
+		for _, f := range r {
+			b = binary.AppendUvarint(b, uint64(len(f)))
+			b = append(b, f...)
+		}
+		b = append(b, 0)
+	}
+	return string(binary.BigEndian.AppendUint32([]byte{kind}, uint32(len(b)))) + string(b)
+}
+
+func TestGarbage(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("0123456789", 3<<10)
+	const alien = "does not speak this protocol"
+	killed := func(step, text string) want { return want{step: step, how: "signal: killed", text: text} }
+	for _, tt := range []struct {
+		name  string
+		write func(pid string) string
+		exit  bool
+		want  want
+	}{
+		{"another protocol", func(string) string { return "GET / HTTP/1.1\r\n\r\n" }, false, killed("init", alien)},
+		{"zeros", func(string) string { return "\x00\x00\x00\x00\x00" }, false, killed("init", alien)},
+		{"noise", func(string) string { return "\x9d\x00\x00\x00\x05\x80\x80\x80\x80\x80" }, false, killed("init", alien)},
+		{"4 GiB", func(string) string { return "\x52\xff\xff\xff\xff" }, false, killed("init", alien)},
+		{"field beyond the end", func(string) string { return "R\x00\x00\x00\x03\x09ab" }, false, killed("init", alien)},
+		{"record without an end", func(string) string { return "R\x00\x00\x00\x03\x02ab" }, false, killed("init", alien)},
+		{"length that overflows", func(string) string { return "R\x00\x00\x00\x0b\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01" }, false, killed("init", alien)},
+		{"half a frame, then exit", func(string) string { return "R\x00\x00\x00\x09\x05pid" }, true,
+			want{step: "init", is: "unexpected EOF", how: "exit status 0"}},
+		{"half a header, then exit", func(string) string { return "R\x00" }, true,
+			want{step: "init", is: "unexpected EOF", how: "exit status 0"}},
+		{"half a frame, then silence", func(string) string { return "R\x00\x00\x00\x09\x05pid" }, false,
+			want{step: "init", is: "deadline", how: "signal: killed"}},
+		{"acknowledgements, then silence", func(string) string { return strings.Repeat(encode('K'), 1000) }, false,
+			want{step: "init", is: "deadline", how: "signal: killed"}},
+		{"READY without a record", func(string) string { return encode('R') }, false, killed("init", `""`)},
+		{"READY with no number", func(string) string { return encode('R', []string{"pid=x7"}) }, false, killed("init", `"x7"`)},
+		{"READY with a negative number", func(string) string { return encode('R', []string{"pid=-1"}) }, false, killed("init", `"-1"`)},
+		{"READY with 0", func(string) string { return encode('R', []string{"pid=0"}) }, false, killed("init", `"0"`)},
+		{"READY with too large a number", func(string) string { return encode('R', []string{"pid=" + strings.Repeat("9", 30)}) }, false, killed("init", "999")},
+		{"READY twice", func(pid string) string {
+			return encode('R', []string{"pid=" + pid}) + encode('R', []string{"pid=" + pid})
+		}, false, killed("handover", alien)},
+		{"READY, then exit", func(pid string) string { return encode('R', []string{"pid=" + pid}) }, true,
+			want{step: "handover", is: "unexpected EOF", how: "exit status 0"}},
+		{"READY, then FAIL", func(pid string) string {
+			return encode('R', []string{"pid=" + pid}) + encode('F', []string{"reason=no, wait"})
+		}, false, killed("handover", "no, wait")},
+		{"READY, then garbage", func(pid string) string { return encode('R', []string{"pid=" + pid}) + "\xff\xff\xff\xff\xff" }, false,
+			killed("handover", alien)},
+		{"DONE before READY", func(string) string { return encode('D') }, false, killed("init", alien)},
+		{"BYE before READY", func(string) string { return encode('B') }, false, killed("init", alien)},
+		{"COMMIT, the other's word", func(string) string { return encode('C') }, false, killed("init", alien)},
+		{"unknown frame", func(string) string { return encode('Z', []string{"pid=1"}) }, false, killed("init", alien)},
+		{"FAIL without a reason", func(string) string { return encode('F') }, true, want{step: "init", how: "exit status 0"}},
+		{"FAIL with 30 KB", func(string) string { return encode('F', []string{"reason=" + long}) }, true,
+			want{step: "init", how: "exit status 0", text: long}},
+		{"FAIL with too much", func(string) string { return encode('F', []string{"reason=" + long + long + long}) }, false,
+			killed("init", alien)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			h := newHub(t, impatient())
+			v := newSurvivor(h)
+			s, answer := v.try(command{SetEnv: []string{roleVar + "=raw"}})
+			s.at("raw")
+			// It may be ended before it can answer.
+			s.begin(command{Verb: "write", Args: []string{strconv.Quote(tt.write(strconv.Itoa(s.pid)))}})
+			if tt.exit {
+				s.begin(command{Verb: "exit"})
+			}
+			tt.want.pid = s.pid
+			v.check(answer(), tt.want)
+			s.ended()
+			v.survived()
+		})
+	}
+}
+
+// A successor that names another process as itself must not make the old one
+// end that process: neither itself nor a bystander.
+func TestReadyNamesAnotherProcess(t *testing.T) {
+	t.Parallel()
+	for _, who := range []string{"the old process", "a bystander"} {
+		t.Run(who, func(t *testing.T) {
+			t.Parallel()
+			h := newHub(t, impatient())
+			v := newSurvivor(h)
+			other := v.proc
+			if who == "a bystander" {
+				other = newHub(t, tcp()).serving()
+			}
+			s, answer := v.try(command{SetEnv: []string{roleVar + "=raw"}})
+			s.at("raw")
+			s.begin(command{Verb: "write", Args: []string{strconv.Quote(encode('R', []string{"pid=" + strconv.Itoa(other.pid)}))}})
+			s.begin(command{Verb: "exit"})
+			if m := answer(); m.Err == nil {
+				t.Fatal("no error")
+			}
+			other.serves()
+			select {
+			case <-other.gone:
+				t.Fatalf("%s was killed", who)
+			default:
+			}
+			v.survived()
+		})
+	}
+}
+
+// testBinary is this test binary's absolute path.
+func testBinary(t *testing.T) string {
+	t.Helper()
+	path, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// realDir is a shortDir whose name has no symbolic link in it.
+func realDir(t *testing.T) string {
+	t.Helper()
+	dir, err := filepath.EvalSymlinks(shortDir(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// program puts this test binary at a path, with its own inode if it is to be
+// written to.
+func program(t *testing.T, path string, own bool) string {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if !own && os.Link(testBinary(t), path) == nil {
+		return path
+	}
+	b, err := os.ReadFile(testBinary(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A process that is just being started elsewhere must not have the file
+	// open for writing.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	if err := os.WriteFile(path, b, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func script(t *testing.T, path, body string) string {
+	t.Helper()
+	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+body), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func write(t *testing.T, path, text string, mode os.FileMode) string {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), mode); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestProgramCannotRun(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name    string
+		command func(t *testing.T, dir string) *ecdysis.Command
+		want    want
+	}{
+		{"missing", func(t *testing.T, dir string) *ecdysis.Command { return &ecdysis.Command{Path: dir + "/none"} },
+			want{step: "start", is: "not exist", text: "/none"}},
+		{"missing in PATH", func(t *testing.T, dir string) *ecdysis.Command { return &ecdysis.Command{Path: "ecdysis-none"} },
+			want{step: "start", text: "ecdysis-none"}},
+		{"not executable", func(t *testing.T, dir string) *ecdysis.Command {
+			return &ecdysis.Command{Path: write(t, dir+"/plain", "#!/bin/sh\n", 0o644)}
+		}, want{step: "start", is: "permission", text: "/plain"}},
+		{"no format", func(t *testing.T, dir string) *ecdysis.Command {
+			return &ecdysis.Command{Path: write(t, dir+"/text", "hello, world\n", 0o755)}
+		}, want{step: "start", is: "ENOEXEC", text: "/text"}},
+		{"missing interpreter", func(t *testing.T, dir string) *ecdysis.Command {
+			return &ecdysis.Command{Path: write(t, dir+"/script", "#!/nonexistent/sh\n", 0o755)}
+		}, want{step: "start", is: "not exist", text: "/script"}},
+		{"directory", func(t *testing.T, dir string) *ecdysis.Command { return &ecdysis.Command{Path: dir} },
+			want{step: "start", is: "permission"}},
+		{"missing working directory", func(t *testing.T, dir string) *ecdysis.Command { return &ecdysis.Command{Dir: dir + "/none"} },
+			want{step: "start", is: "not exist", text: "working directory"}},
+		{"true", func(t *testing.T, dir string) *ecdysis.Command { return &ecdysis.Command{Path: "/bin/true"} },
+			want{step: "init", is: "unexpected EOF", how: "exit status 0"}},
+		{"false, in PATH", func(t *testing.T, dir string) *ecdysis.Command { return &ecdysis.Command{Path: "false"} },
+			want{step: "init", is: "unexpected EOF", how: "exit status 1"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			v := newSurvivor(newHub(t, tcp()))
+			m := v.begin(command{Verb: "upgrade", Command: tt.command(t, realDir(t))})()
+			if tt.want.step == "init" && m.Err != nil {
+				if tt.want.pid = m.Err.PID; tt.want.pid <= 0 {
+					t.Errorf("error %+v; want a PID", m.Err)
+				}
+			}
+			v.check(m, tt.want)
+			v.survived()
+		})
+	}
+}
+
+// A program that was replaced a moment ago may still be open for writing.
+func TestTextFileBusy(t *testing.T) {
+	t.Parallel()
+	open := func(t *testing.T) (string, *os.File) {
+		path := program(t, filepath.Join(realDir(t), "daemon"), true)
+		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return path, f
+	}
+	t.Run("for a moment", func(t *testing.T) {
+		t.Parallel()
+		path, f := open(t)
+		v := newSurvivor(newHub(t, tcp()))
+		answer := v.begin(command{Verb: "upgrade", Command: &ecdysis.Command{Path: path}})
+		v.at("prepare")
+		closing := make(chan struct{})
+		time.AfterFunc(300*time.Millisecond, func() { close(closing); f.Close() })
+		m := answer()
+		if m.Err != nil {
+			t.Fatalf("%+v", m.Err)
+		}
+		s := v.h.proc()
+		s.at("serving")
+		select {
+		case <-closing:
+		default:
+			t.Error("the program was started while it was open for writing; this test shows nothing")
+		}
+		checkExe(t, s, path)
+		v.load.more(10)
+		s.serves()
+		v.load.check()
+	})
+	t.Run("for good", func(t *testing.T) {
+		t.Parallel()
+		path, _ := open(t)
+		v := newSurvivor(newHub(t, tcp()))
+		start := time.Now()
+		m := v.begin(command{Verb: "upgrade", Command: &ecdysis.Command{Path: path}})()
+		v.check(m, want{step: "start", is: "ETXTBSY", text: path})
+		if d := time.Since(start); d < time.Second {
+			t.Errorf("gave up after %v; want a second", d)
+		}
+		v.survived()
+	})
+}
+
+func checkExe(t *testing.T, p *proc, path string) {
+	t.Helper()
+	if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", p.pid)); err != nil || exe != path {
+		t.Errorf("process %d runs %q, %v; want %q", p.pid, exe, err, path)
+	}
+}
+
+func checkCwd(t *testing.T, p *proc, path string) {
+	t.Helper()
+	if wd, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", p.pid)); err != nil || wd != path {
+		t.Errorf("process %d is in %q, %v; want %q", p.pid, wd, err, path)
+	}
+}
+
+func checkArg0(t *testing.T, p *proc, want string) {
+	t.Helper()
+	if args := p.call("args").Text; len(args) == 0 || args[0] != want {
+		t.Errorf("process %d has the arguments %q; want %q first", p.pid, args, want)
+	}
+}
+
+// link points a symbolic link somewhere, at once.
+func link(t *testing.T, to, path string) {
+	t.Helper()
+	if err := os.Symlink(to, path+".new"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestFlippedSymlink(t *testing.T) {
+	t.Parallel()
+	dir := realDir(t)
+	a, b, cur := program(t, dir+"/a/daemon", false), program(t, dir+"/b/daemon", false), dir+"/cur"
+	link(t, "a/daemon", cur)
+	p := newHub(t, tcp()).serving(func(c *exec.Cmd) { c.Path, c.Args[0] = cur, cur })
+	checkExe(t, p, a)
+	for _, path := range []string{b, a, b} {
+		link(t, path, cur)
+		s := p.upgrade()
+		checkExe(t, s, path)
+		checkArg0(t, s, cur)
+		s.serves()
+		p = s
+	}
+}
+
+// A program that was replaced by a rename is the new one's, though the old
+// process runs a file that has no name any more.
+func TestReplacedProgram(t *testing.T) {
+	t.Parallel()
+	dir := realDir(t)
+	path := program(t, dir+"/daemon", false)
+	v := newSurvivor(newHub(t, tcp()), func(c *exec.Cmd) { c.Path, c.Args[0] = path, path })
+	if err := os.Rename(write(t, dir+"/broken", "#!/bin/sh\nexit 9\n", 0o755), path); err != nil {
+		t.Fatal(err)
+	}
+	m := v.call("upgrade")
+	if m.Err == nil {
+		t.Fatal("the old program was started")
+	}
+	v.check(m, want{step: "init", is: "unexpected EOF", how: "exit status 9", pid: m.Err.PID})
+	if err := os.Rename(program(t, dir+"/repaired", false), path); err != nil {
+		t.Fatal(err)
+	}
+	checkExe(t, v.survived(), path)
+}
+
+func TestFlippedWorkingDirectory(t *testing.T) {
+	t.Parallel()
+	dir := realDir(t)
+	a, b, cur := program(t, dir+"/a/daemon", false), program(t, dir+"/b/daemon", false), dir+"/cur"
+	link(t, "a", cur)
+	p := newHub(t, tcp()).serving(func(c *exec.Cmd) {
+		c.Path, c.Args[0], c.Dir = cur+"/daemon", "./daemon", cur
+		c.Env = append(c.Env, "PWD="+cur) // as a shell sets it that went there
+	})
+	checkExe(t, p, a)
+	checkCwd(t, p, filepath.Dir(a))
+	for _, path := range []string{b, a, b} {
+		link(t, filepath.Dir(path), cur)
+		s := p.upgrade()
+		checkExe(t, s, path)
+		checkCwd(t, s, filepath.Dir(path))
+		checkArg0(t, s, "./daemon")
+		s.serves()
+		p = s
+	}
+}
+
+func TestDeletedWorkingDirectory(t *testing.T) {
+	t.Parallel()
+	dir := realDir(t) + "/here"
+	mkdir := func() {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	remove := func() {
+		if err := os.Remove(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mkdir()
+	path := testBinary(t)
+	p := newHub(t, tcp()).serving(func(c *exec.Cmd) { c.Path, c.Args[0], c.Dir = path, path, dir })
+	checkCwd(t, p, dir)
+	remove()
+	mkdir() // another one
+	s := p.upgrade()
+	checkCwd(t, s, dir)
+	s.serves()
+	remove()
+	for range 3 {
+		p, s = s, s.upgrade()
+		checkCwd(t, s, dir+" (deleted)")
+		checkArg0(t, s, path)
+		s.serves()
+	}
+}
+
+// What a relative os.Args[0] means is told at the start, not after chdir.
+func TestRelativeProgram(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"./daemon", "bin/daemon", "../here/./daemon"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := realDir(t) + "/here"
+			path := program(t, filepath.Join(dir, name), false)
+			v := newSurvivor(newHub(t, tcp()), func(c *exec.Cmd) {
+				c.Path, c.Args[0], c.Dir = path, name, dir
+				c.Env = append(c.Env, "ECDYSIS_TEST_CHDIR=/")
+			})
+			checkCwd(t, v.proc, "/")
+			// Neither is it what it was in the meantime.
+			if err := os.Rename(path, path+".away"); err != nil {
+				t.Fatal(err)
+			}
+			v.check(v.call("upgrade"), want{step: "start", is: "not exist", text: path})
+			if err := os.Rename(path+".away", path); err != nil {
+				t.Fatal(err)
+			}
+			s := v.survived()
+			for range 2 {
+				checkCwd(t, s, "/")
+				checkExe(t, s, path)
+				checkArg0(t, s, name)
+				s.serves()
+				s = s.upgrade()
+			}
+		})
+	}
+}
+
+// A successor that gets no chdir begins where this process began.
+func TestWorkingDirectoryOfStart(t *testing.T) {
+	t.Parallel()
+	dir := realDir(t)
+	p := newHub(t, tcp()).serving(func(c *exec.Cmd) { c.Dir = dir; c.Path = testBinary(t) })
+	if m := p.call("chdir", "/"); m.Err != nil {
+		t.Fatalf("%+v", m.Err)
+	}
+	s := p.upgrade()
+	checkCwd(t, s, dir)
+	s.serves()
+}
+
+func TestProgramInPath(t *testing.T) {
+	t.Parallel()
+	dir := realDir(t)
+	const name = "ecdysis-test-daemon"
+	second := program(t, dir+"/second/"+name, false)
+	p := newHub(t, tcp()).serving(func(c *exec.Cmd) {
+		c.Path, c.Args[0] = second, name
+		c.Env = append(c.Env, "PATH="+dir+"/first:"+dir+"/second:"+os.Getenv("PATH"))
+	})
+	p.serves()
+	s := p.upgrade()
+	checkExe(t, s, second)
+	checkArg0(t, s, name)
+	first := program(t, dir+"/first/"+name, false)
+	for range 2 {
+		s = s.upgrade()
+		checkExe(t, s, first)
+		checkArg0(t, s, name)
+		s.serves()
+	}
+}
+
+// Arguments and the environment are bytes.
+func TestBytesArrive(t *testing.T) {
+	t.Parallel()
+	args := []string{"\xff\xfe \x80", "", "a\nb", "\xed\xa0\x80", "--x=\xc3\x28"}
+	env := []string{"ECD_\xff\x80=\xfe\x01\n=", "ECD_EMPTY="}
+	p := newHub(t, tcp()).serving(func(c *exec.Cmd) {
+		c.Args = append(c.Args, args...)
+		c.Env = append(c.Env, env...)
+	})
+	check := func() {
+		t.Helper()
+		got := p.call("hexargs").Text
+		for i, a := range args {
+			if n := len(got) - len(args) + i; n < 0 || got[n] != hex.EncodeToString([]byte(a)) {
+				t.Fatalf("arguments %q (hex); want %q last", got, args)
+			}
+		}
+		vars := p.call("hexenv").Text
+		for _, e := range env {
+			if !slices.Contains(vars, hex.EncodeToString([]byte(e))) {
+				t.Fatalf("the variable %q has not arrived", e)
+			}
+		}
+	}
+	n := len(p.call("hexargs").Text)
+	check()
+	for range 2 {
+		p = p.upgrade()
+		check()
+		if now := len(p.call("hexargs").Text); now != n {
+			t.Errorf("%d arguments; want %d", now, n)
+		}
+	}
+	p.serves()
+}
+
+// quote is s as a word of the shell.
+func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
+
+func TestWrapperThatExecs(t *testing.T) {
+	t.Parallel()
+	v := newSurvivor(newHub(t, tcp()))
+	wrapper := script(t, realDir(t)+"/wrapper", "exec "+quote(testBinary(t))+` "$@"`)
+	s, answer := v.try(command{Command: &ecdysis.Command{Path: wrapper}})
+	if m := answer(); m.Err != nil {
+		t.Fatalf("%+v", m.Err)
+	}
+	s.at("serving")
+	if parent := parentOf(t, s.pid); parent != v.pid {
+		t.Errorf("the successor's parent is %d; want %d", parent, v.pid)
+	}
+	s.serves()
+	s = s.upgrade()
+	v.load.more(10)
+	s.serves()
+	v.load.check()
+}
+
+// staying is a shell that runs the daemon as its child.
+func staying(t *testing.T) *ecdysis.Command {
+	t.Helper()
+	return &ecdysis.Command{Path: script(t, realDir(t)+"/wrapper", quote(testBinary(t))+` "$@"`+"\nexit $?\n")}
+}
+
+func TestWrapperThatStays(t *testing.T) {
+	t.Parallel()
+	v := newSurvivor(newHub(t, tcp()))
+	c := staying(t)
+	p := v.proc
+	for range 2 { // the second by a successor that is not its parent's child
+		fds := p.call("fds").Text
+		answer := p.begin(command{Verb: "upgrade", Command: c})
+		s := p.h.proc()
+		if m := answer(); m.Err != nil {
+			t.Fatalf("%+v", m.Err)
+		}
+		s.at("serving")
+		if parent := parentOf(t, s.pid); parent == p.pid {
+			t.Error("the successor is a child of the old process; this test shows nothing")
+		}
+		sameFiles(p, fds)
+		if e := p.event(ecdysis.EventUpgraded, 0); e.PID != s.pid {
+			t.Errorf("event %+v; want PID %d", e, s.pid)
+		}
+		s.serves()
+		p = s
+	}
+	p = p.upgrade()
+	v.load.more(10)
+	p.serves()
+	v.load.check()
+}
+
+func TestWrapperThatStaysFails(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		point, do string
+		want      want
+	}{
+		{"new", "exit 3", want{step: "init", is: "unexpected EOF", how: "exit status 3"}},
+		{"listened", "fail told so", want{step: "init", how: "exit status 1", text: "told so"}},
+		{"event ready", "exit 3", want{step: "handover", is: "unexpected EOF", how: "exit status 3"}},
+		{"event ready", "hang", want{step: "handover", is: "deadline", how: "signal: killed"}},
+	} {
+		t.Run(tt.point+" "+tt.do, func(t *testing.T) {
+			t.Parallel()
+			v := newSurvivor(newHub(t, tcp(), doing(tt.point, tt.do)))
+			s, answer := v.try(command{Command: staying(t)})
+			m := answer()
+			if tt.want.pid = s.pid; tt.want.step == "init" && m.Err != nil {
+				if tt.want.pid = m.Err.PID; tt.want.pid <= 0 || tt.want.pid == s.pid {
+					t.Errorf("error %+v; want the PID of the wrapper, it knows no other", m.Err)
+				}
+			}
+			v.check(m, tt.want)
+			s.ended()
+			v.survived()
+		})
+	}
+	// Who is killed is the wrapper alone: the old process does not know the
+	// other. That one has been told not to serve.
+	t.Run("listened hold", func(t *testing.T) {
+		t.Parallel()
+		v := newSurvivor(newHub(t, impatient(), doing("listened", "hold")))
+		s, answer := v.try(command{Command: staying(t)})
+		s.at("listened")
+		m := answer()
+		checkErr(t, m.Err, "init", "deadline")
+		v.check(m, want{step: "init", is: "deadline", how: "signal: killed", pid: m.Err.PID})
+		s.resume()
+		if e := s.at("ready failed").Err; !slices.Contains(e.Is, "ErrAborted") {
+			t.Errorf("Ready: %+v; want ErrAborted", e)
+		}
+		v.survived()
+	})
+}
+
+// The successor gets /dev/null for a standard descriptor that is closed, and
+// no socket whose number is that of one.
+func TestStandardDescriptorsClosed(t *testing.T) {
+	t.Parallel()
+	for _, what := range []string{"free", "taken by listeners"} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			h := newHub(t, tcp())
+			p := h.serving()
+			next := tcp()
+			addrs := [][2]string{}
+			for fd := range 3 {
+				if what == "free" {
+					if m := p.call("closefd", strconv.Itoa(fd)); m.Err != nil {
+						t.Fatalf("%+v", m.Err)
+					}
+					continue
+				}
+				m := p.call("listenat", strconv.Itoa(fd))
+				if m.Err != nil {
+					t.Fatalf("%+v", m.Err)
+				}
+				addrs = append(addrs, [2]string{"tcp", m.Text[0]})
+				next.Listen = append(next.Listen, [2]string{"tcp", "127.0.0.1:0"})
+			}
+			h.next(next)
+			// What it got is seen before Go's runtime, which opens /dev/null
+			// itself, has begun.
+			dir := realDir(t)
+			wrapper := script(t, dir+"/wrapper", "got=$(readlink /proc/$$/fd/0 /proc/$$/fd/1 /proc/$$/fd/2)\n"+
+				"echo \"$got\" > "+quote(dir+"/got")+"\nexec "+quote(testBinary(t))+` "$@"`)
+			v := &survivor{proc: p}
+			s, answer := v.try(command{Command: &ecdysis.Command{Path: wrapper}})
+			if m := answer(); m.Err != nil {
+				t.Fatalf("%+v", m.Err)
+			}
+			s.at("serving")
+			if got, err := os.ReadFile(dir + "/got"); err != nil || string(got) != strings.Repeat("/dev/null\n", 3) {
+				t.Errorf("the successor's standard descriptors: %q, %v; want /dev/null", got, err)
+			}
+			fds := s.call("fds").Text
+			for fd := range 3 {
+				if !slices.Contains(fds, strconv.Itoa(fd)+" /dev/null") {
+					t.Errorf("the successor has the descriptors %q; want %d to be /dev/null", fds, fd)
+				}
+			}
+			s.serves()
+			network, address := p.addr(0)
+			for _, a := range append(addrs, [2]string{network, address}) {
+				if pid, _, err := ask(a[0], a[1]); err != nil || pid != s.pid {
+					t.Errorf("%s: process %d answers, %v; want %d", a[1], pid, err, s.pid)
+				}
+			}
+			s.upgrade().serves()
+		})
+	}
+}
+
+// The standard descriptors are shared with others, who would be surprised to
+// find them non-blocking, or blocking.
+func TestNonblockUnchanged(t *testing.T) {
+	t.Parallel()
+	var in, out [2]int
+	for _, p := range []*[2]int{&in, &out} {
+		if err := syscall.Pipe(p[:]); err != nil {
+			t.Fatal(err)
+		}
+		syscall.CloseOnExec(p[0])
+		syscall.CloseOnExec(p[1])
+	}
+	files := make(map[int]*os.File)
+	for _, fd := range append(in[:], out[:]...) {
+		files[fd] = os.NewFile(uintptr(fd), "pipe")
+		t.Cleanup(func() { files[fd].Close() })
+	}
+	h := newHub(t, doing("start", "hold"), doing("new", "exit 3"))
+	p := h.start(func(c *exec.Cmd) { c.Stdin, c.Stdout = files[in[0]], files[out[1]] })
+	p.at("start")
+	if err := syscall.SetNonblock(in[0], true); err != nil {
+		t.Fatal(err)
+	}
+	p.resume()
+	p.at("serving")
+	check := func(p *proc) {
+		t.Helper()
+		if m := p.call("flags"); m.Err != nil || !slices.Equal(m.Text, []string{"true", "false", "false"}) {
+			t.Fatalf("process %d: O_NONBLOCK of the standard descriptors is %v, %+v; want it of the first", p.pid, m.Text, m.Err)
+		}
+	}
+	check(p)
+	p.failUpgrade(command{}, "init", "unexpected EOF")
+	h.proc()
+	check(p)
+	h.next(tcp())
+	s := p.upgrade()
+	check(p)
+	check(s)
+	s.serves()
+	check(s.upgrade())
+}
+
+func checkNoVariable(t *testing.T, who string, env []string) {
+	t.Helper()
+	if len(env) < 2 {
+		t.Errorf("%s: no environment: %q", who, env)
+	}
+	for _, e := range env {
+		if strings.HasPrefix(e, "ECDYSIS_PARENT") {
+			t.Errorf("%s has %q in its environment", who, e)
+		}
+	}
+}
+
+// inheritedBy takes what ls says of its own descriptors and lists their
+// numbers, without that of the directory that it reads.
+func inheritedBy(t *testing.T, lines []string) []string {
+	t.Helper()
+	var list []string
+	for _, line := range lines {
+		name, target, ok := strings.Cut(line, " -> ")
+		if ok && !strings.HasPrefix(target, "/proc/") {
+			list = append(list, name[strings.LastIndexByte(name, ' ')+1:])
+		}
+	}
+	if len(list) < 3 {
+		t.Errorf("ls: %q", lines)
+	}
+	return list
+}
+
+// checkPrograms asserts that a program that p runs inherits no more than one
+// that the test runs: the standard descriptors, and what the test itself was
+// started with.
+func checkPrograms(t *testing.T, who string, p *proc) {
+	t.Helper()
+	checkNoVariable(t, who, p.call("environ").Text)
+	checkNoVariable(t, "a program of "+who, p.call("program", "/usr/bin/env").Text)
+	out, err := exec.Command("/bin/ls", "-l", "/proc/self/fd").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := inheritedBy(t, strings.Split(string(out), "\n"))
+	m := p.call("program", "/bin/ls", "-l", "/proc/self/fd")
+	if got := inheritedBy(t, m.Text); m.Err != nil || !slices.Equal(got, want) {
+		t.Errorf("a program of %s inherits the descriptors %q, %+v; want %q", who, got, m.Err, want)
+	}
+}
+
+func TestNothingIsInherited(t *testing.T) {
+	t.Parallel()
+	h := newHub(t, tcp(), doing("new", "hold"))
+	v := newSurvivor(h)
+	checkPrograms(t, "the first process", v.proc)
+	s, answer := v.try(command{})
+	s.at("new")
+	checkPrograms(t, "the upgrading process", v.proc)
+	checkPrograms(t, "the starting process", s)
+	s.resume()
+	if m := answer(); m.Err != nil {
+		t.Fatalf("%+v", m.Err)
+	}
+	s.at("serving")
+	sameFiles(v.proc, v.fds)
+	checkPrograms(t, "the old process", v.proc)
+	checkPrograms(t, "the new process", s)
+	h.next(tcp())
+	s = s.upgrade()
+	checkPrograms(t, "the newest process", s)
+	v.load.more(10)
+	v.load.check()
+}
+
+// A variable that an upgrade has not set is an error that names it: who
+// started over it would bind what is bound, or lose what was handed on.
+func TestBadInheritance(t *testing.T) {
+	t.Parallel()
+	me := "pid=" + strconv.Itoa(os.Getpid()) + " uid=" + strconv.Itoa(os.Geteuid())
+	for _, tt := range []struct {
+		name, value string
+		file        func(t *testing.T) *os.File // descriptor 3
+	}{
+		{"empty", "", nil},
+		{"words", "hello world", nil},
+		{"not open", "fd=99 pid=1 uid=0", nil},
+		{"no descriptor", me, socketFile(syscall.SOCK_STREAM)},
+		{"negative descriptor", "fd=-1 " + me, nil},
+		{"standard descriptor", "fd=0 " + me, nil},
+		{"no process", "fd=3 uid=0", socketFile(syscall.SOCK_STREAM)},
+		{"no user", "fd=3 pid=" + strconv.Itoa(os.Getpid()), socketFile(syscall.SOCK_STREAM)},
+		{"wrong process", "fd=3 pid=1 uid=" + strconv.Itoa(os.Geteuid()), socketFile(syscall.SOCK_STREAM)},
+		{"wrong user", "fd=3 pid=" + strconv.Itoa(os.Getpid()) + " uid=4711", socketFile(syscall.SOCK_STREAM)},
+		{"regular file", "fd=3 " + me, func(t *testing.T) *os.File {
+			f, err := os.Open(write(t, realDir(t)+"/file", "hello", 0o644))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return f
+		}},
+		{"datagram socket", "fd=3 " + me, socketFile(syscall.SOCK_DGRAM)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			p := newHub(t, tcp()).start(func(c *exec.Cmd) {
+				c.Env = append(c.Env, "ECDYSIS_PARENT="+tt.value)
+				if tt.file != nil {
+					f := tt.file(t)
+					t.Cleanup(func() { f.Close() })
+					c.ExtraFiles = []*os.File{f}
+				}
+			})
+			e := p.at("new failed").Err
+			for _, s := range []string{"ECDYSIS_PARENT", strconv.Quote(tt.value)} {
+				if e == nil || !strings.Contains(e.Text, s) {
+					t.Errorf("New: %+v; want it to name %s", e, s)
+				}
+			}
+			p.ended()
+		})
+	}
+}
+
+// socketFile makes one end of a socket pair; the other stays open for the
+// time of the test.
+func socketFile(typ int) func(t *testing.T) *os.File {
+	return func(t *testing.T) *os.File {
+		fds, err := syscall.Socketpair(syscall.AF_UNIX, typ, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		syscall.CloseOnExec(fds[0])
+		syscall.CloseOnExec(fds[1])
+		t.Cleanup(func() { syscall.Close(fds[0]) })
+		return os.NewFile(uintptr(fds[1]), "socket")
+	}
+}
+
+func TestVariableIsReplaced(t *testing.T) {
+	t.Parallel()
+	h := newHub(t, tcp())
+	p := h.serving()
+	env := append(os.Environ(), roleVar+"=daemon", hubVar+"="+h.path,
+		"ECDYSIS_PARENT=fd=99 pid=1 uid=0", "ECDYSIS_PARENT=", "ECDYSIS_PARENTS=3")
+	answer := p.begin(command{Verb: "upgrade", Command: &ecdysis.Command{Env: env}})
+	s := h.proc()
+	if m := answer(); m.Err != nil {
+		t.Fatalf("%+v", m.Err)
+	}
+	s.at("serving")
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", s.pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found []string
+	for e := range strings.SplitSeq(string(b), "\x00") {
+		if strings.HasPrefix(e, "ECDYSIS_PARENT") {
+			found = append(found, e)
+		}
+	}
+	if len(found) != 2 || found[0] != "ECDYSIS_PARENTS=3" || !strings.Contains(found[1], " pid="+strconv.Itoa(p.pid)+" ") {
+		t.Errorf("the successor was started with %q", found)
+	}
+	if g := s.call("generation").Text; g[0] != "1" || g[1] != "true" {
+		t.Errorf("generation, has a parent: %q", g)
+	}
+	s.serves()
+	s.upgrade().serves()
+}
+
+// reap takes the status of a child of the test process.
+func reap(t *testing.T, p *proc) *os.ProcessState {
+	t.Helper()
+	p.ended()
+	state, err := p.os.Wait()
+	if err != nil {
+		t.Fatalf("process %d is no child of the test: %v", p.pid, err)
+	}
+	return state
+}
+
+func TestSibling(t *testing.T) {
+	t.Parallel()
+	sibling := command{Command: &ecdysis.Command{Sibling: true}}
+	h := newHub(t, tcp())
+	v := newSurvivor(h)
+	p := v.proc
+	for range 2 {
+		s, answer := (&survivor{proc: p}).try(sibling)
+		t.Cleanup(func() { _ = s.os.Kill(); reap(t, s) })
+		if m := answer(); m.Err != nil {
+			t.Fatalf("%+v", m.Err)
+		}
+		s.at("serving")
+		if parent := parentOf(t, s.pid); parent != os.Getpid() {
+			t.Errorf("the successor's parent is %d; want %d", parent, os.Getpid())
+		}
+		if e := p.event(ecdysis.EventUpgraded, 0); e.PID != s.pid {
+			t.Errorf("event %+v; want PID %d", e, s.pid)
+		}
+		if list := childrenOf(t, p.pid); len(list) > 0 {
+			t.Errorf("the old process has children: %q", list)
+		}
+		s.serves()
+		p = s
+	}
+	v.load.more(10)
+	v.load.check()
+}
+
+func TestSiblingFails(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		point, do string
+		want      want
+		how       string
+	}{
+		{"new", "exit 3", want{step: "init", is: "unexpected EOF"}, "exit status 3"},
+		{"listened", "fail told so", want{step: "init", text: "told so"}, "exit status 1"},
+		{"listened", "hang", want{step: "init", is: "deadline"}, "signal: killed"},
+		{"event ready", "kill", want{step: "handover", is: "unexpected EOF"}, "signal: killed"},
+	} {
+		t.Run(tt.point+" "+tt.do, func(t *testing.T) {
+			t.Parallel()
+			v := newSurvivor(newHub(t, impatient(), doing(tt.point, tt.do)))
+			s, answer := v.try(command{Command: &ecdysis.Command{Sibling: true}})
+			tt.want.pid = s.pid
+			v.check(answer(), tt.want)
+			if how := reap(t, s).String(); how != tt.how {
+				t.Errorf("it ended by %s; want %s", how, tt.how)
+			}
+			v.survived()
+		})
+	}
+}
+
+// An elder is an old process that the test plays.
+type elder struct {
+	t    *testing.T
+	conn *net.UnixConn
+	r    *bufio.Reader
+}
+
+// newElder starts a process as the successor of the test process.
+func newElder(h *hub) (*proc, *elder) {
+	h.t.Helper()
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	syscall.CloseOnExec(fds[0])
+	syscall.CloseOnExec(fds[1])
+	mine, theirs := os.NewFile(uintptr(fds[0]), ""), os.NewFile(uintptr(fds[1]), "")
+	defer mine.Close()
+	defer theirs.Close()
+	c, err := net.FileConn(mine)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() { c.Close() })
+	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+		h.t.Fatal(err)
+	}
+	p := h.start(func(cmd *exec.Cmd) {
+		cmd.ExtraFiles = []*os.File{theirs}
+		cmd.Env = append(cmd.Env, fmt.Sprintf("ECDYSIS_PARENT=fd=3 pid=%d uid=%d", os.Getpid(), os.Geteuid()))
+	})
+	return p, &elder{t: h.t, conn: c.(*net.UnixConn), r: bufio.NewReader(c)}
+}
+
+func (e *elder) send(frames string, fds ...int) {
+	e.t.Helper()
+	var oob []byte
+	if len(fds) > 0 {
+		oob = syscall.UnixRights(fds...)
+	}
+	if _, _, err := e.conn.WriteMsgUnix([]byte(frames), oob, nil); err != nil {
+		e.t.Fatal(err)
+	}
+}
+
+// expect reads the next frame, which must be of this kind, and returns the
+// fields of its first record.
+func (e *elder) expect(kind byte) []string {
+	e.t.Helper()
+	var h [5]byte
+	if _, err := io.ReadFull(e.r, h[:]); err != nil {
+		e.t.Fatalf("want a frame %q: %v", kind, err)
+	}
+	b := make([]byte, binary.BigEndian.Uint32(h[1:]))
+	if _, err := io.ReadFull(e.r, b); err != nil {
+		e.t.Fatal(err)
+	}
+	if h[0] != kind {
+		e.t.Fatalf("a frame %q: %q; want %q", h[0], b, kind)
+	}
+	var fields []string
+	for len(b) > 0 {
+		n, w := binary.Uvarint(b)
+		if n == 0 {
+			break
+		}
+		fields = append(fields, string(b[w:w+int(n)]))
+		b = b[w+int(n):]
+	}
+	return fields
+}
+
+func TestVersionIsRefused(t *testing.T) {
+	t.Parallel()
+	for _, version := range []string{"2", "10", "", "1.0"} {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			p, e := newElder(newHub(t, tcp()))
+			e.send(encode('H', []string{"version=" + version, "generation=3", "pid=" + strconv.Itoa(os.Getpid())}) + encode('E'))
+			said := p.at("new failed").Err
+			reason := e.expect('F')
+			for _, text := range append(reason, said.Text) {
+				if !strings.Contains(text, fmt.Sprintf("version %q", version)) {
+					t.Errorf("%q does not name version %q", text, version)
+				}
+			}
+			if len(reason) != 1 || !strings.HasPrefix(reason[0], "reason=") {
+				t.Errorf("FAIL %q; want a reason", reason)
+			}
+			p.ended()
+		})
+	}
+}
+
+// What a later version adds is ignored by an earlier one.
+func TestUnknownIsIgnored(t *testing.T) {
+	t.Parallel()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	f, err := ln.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	address := ln.Addr().String()
+
+	h := newHub(t, tcp())
+	p, e := newElder(h)
+	unknown := encode('z', []string{"color=blue"}, []string{"x"}) + encode('y')
+	e.send(encode('H', []string{"colour=blue", "version=1", "generation=6", "pid=1", "nonsense", "="}, []string{"another=record"}))
+	e.send(unknown)
+	e.send(encode('S', []string{"shape=round", "kind=listener", "network=tcp", "address=127.0.0.1:0", "at=tcp " + address, "more"}), int(f.Fd()))
+	e.send(unknown + encode('E', []string{"of=it"}) + unknown)
+	e.expect('K')
+	ready := e.expect('R')
+	if !slices.Contains(ready, "pid="+strconv.Itoa(p.pid)) {
+		t.Errorf("READY %q; want pid %d", ready, p.pid)
+	}
+	e.send(unknown)
+	e.send(encode('C', []string{"future=1", "probation=0"}, []string{"more"}))
+	e.expect('D')
+	e.send(unknown + encode('L', []string{"and=more"}) + unknown)
+	ln.Close()
+	p.at("serving")
+	if _, a := p.addr(0); a != address {
+		t.Errorf("it listens at %s; want %s", a, address)
+	}
+	p.serves()
+	if g := p.call("generation").Text; g[0] != "7" || g[1] != "true" {
+		t.Errorf("generation, has a parent: %q", g)
+	}
+	s := p.upgrade()
+	s.serves()
+	if g := s.call("generation").Text; g[0] != "8" {
+		t.Errorf("generation %q; want 8", g)
+	}
+	// The test's end is still open, so the first one waits for its parent.
+	if m := p.call("waitparent", "50ms"); m.Err == nil {
+		t.Error("WaitForParent returned while the old process lives")
+	}
+	e.conn.Close()
+	if m := p.call("waitparent"); m.Err != nil {
+		t.Errorf("WaitForParent: %+v", m.Err)
+	}
+}

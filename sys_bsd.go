@@ -1,0 +1,106 @@
+//go:build darwin || dragonfly || freebsd || netbsd || openbsd
+
+package ecdysis
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// OpenBSD and DragonFly have no socket for both versions of IP.
+	dualStack      = runtime.GOOS != "openbsd" && runtime.GOOS != "dragonfly"
+	maxUnixPath    = 103
+	oneBatchUnread = true // NetBSD drops descriptors that its receiver has no room for
+)
+
+// keepReserve makes a stream's buffer large enough for the first batch, and
+// leaves room for useReserve to let an ABORT through.
+func keepReserve(fd int) {
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 64<<10)
+}
+
+func useReserve(fd int) {
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 128<<10)
+}
+
+func isListening(fd int) (bool, error) {
+	if runtime.GOOS == "darwin" || runtime.GOOS == "dragonfly" {
+		return false, errors.ErrUnsupported // the option cannot be read
+	}
+	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+	return n != 0, err
+}
+
+// The process ID of a message's sender is not to be had.
+const senderSpace = 0
+
+func wantSender(int) {}
+
+func senderOf(*unix.SocketControlMessage) int { return 0 }
+
+// A cred is who is at the other end of a Unix socket; pid is 0 where the
+// system does not tell.
+type cred struct{ pid, uid int }
+
+// A watch tells when a process exits, by kqueue(2).
+type watch struct {
+	kq   int
+	gone bool
+}
+
+func (w *watch) prepare(attr *syscall.ProcAttr, sibling bool) error {
+	w.kq = -1
+	if sibling {
+		return fmt.Errorf("Command.Sibling: %w", errors.ErrUnsupported)
+	}
+	return nil
+}
+
+func (w *watch) begin(pid int) {
+	kq, err := unix.Kqueue()
+	if err != nil {
+		return // exited then never reports true: the stream and the time limit remain
+	}
+	unix.CloseOnExec(kq)
+	w.kq = kq
+	var ev unix.Kevent_t
+	unix.SetKevent(&ev, pid, unix.EVFILT_PROC, unix.EV_ADD|unix.EV_ONESHOT)
+	ev.Fflags = unix.NOTE_EXIT
+	if _, err := unix.Kevent(kq, []unix.Kevent_t{ev}, nil, nil); err == unix.ESRCH {
+		w.gone = true
+	}
+}
+
+// exited waits at most d for the process to exit, and reports whether it has.
+func (w *watch) exited(d time.Duration) bool {
+	if w.gone || w.kq < 0 {
+		if !w.gone {
+			time.Sleep(d)
+		}
+		return w.gone
+	}
+	for end := time.Now().Add(d); ; d = max(0, time.Until(end)) {
+		ts := unix.NsecToTimespec(int64(d))
+		n, err := unix.Kevent(w.kq, nil, make([]unix.Kevent_t, 1), &ts)
+		if err != unix.EINTR {
+			w.gone = n > 0
+			return w.gone
+		}
+	}
+}
+
+// kill leaves it to the caller, whose own child the process is.
+func (w *watch) kill() (done bool, err error) { return false, nil }
+
+func (w *watch) close() {
+	if w.kq >= 0 {
+		unix.Close(w.kq)
+		w.kq = -1
+	}
+}

@@ -1,0 +1,30 @@
+//go:build dragonfly || freebsd || linux || netbsd || openbsd
+
+package ecdysis
+
+import (
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// These systems make descriptors close-on-exec from birth; macOS does not.
+
+func newSocket(family, typ int) (int, error) {
+	fd, err := unix.Socket(family, typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	return fd, os.NewSyscallError("socket", err)
+}
+
+func socketpair() ([2]int, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	return fds, os.NewSyscallError("socketpair", err)
+}
+
+func recvmsg(fd int, p, oob []byte) (n, oobn, flags int, err error) {
+	for {
+		n, oobn, flags, _, err = unix.Recvmsg(fd, p, oob, unix.MSG_CMSG_CLOEXEC)
+		if err != unix.EINTR {
+			return n, oobn, flags, err
+		}
+	}
+}

@@ -1,0 +1,75 @@
+package ecdysis
+
+import (
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+const reusePort = unix.SO_REUSEPORT
+
+// macOS marks descriptors close-on-exec only after they are made. The fork
+// lock keeps the processes that Go starts meanwhile from getting them.
+
+func newSocket(family, typ int) (int, error) {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	fd, err := unix.Socket(family, typ, 0)
+	if err != nil {
+		return -1, os.NewSyscallError("socket", err)
+	}
+	unix.CloseOnExec(fd)
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return -1, os.NewSyscallError("setnonblock", err)
+	}
+	return fd, nil
+}
+
+func socketpair() ([2]int, error) {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return fds, os.NewSyscallError("socketpair", err)
+	}
+	for _, fd := range fds {
+		unix.CloseOnExec(fd)
+		if err := unix.SetNonblock(fd, true); err != nil {
+			closeAll(fds[:])
+			return fds, os.NewSyscallError("setnonblock", err)
+		}
+	}
+	return fds, nil
+}
+
+func recvmsg(fd int, p, oob []byte) (n, oobn, flags int, err error) {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	for {
+		n, oobn, flags, _, err = unix.Recvmsg(fd, p, oob, 0)
+		if err != unix.EINTR {
+			break
+		}
+	}
+	if err == nil && oobn > 0 {
+		fds, _, _ := parseControl(oob[:oobn])
+		for _, fd := range fds {
+			unix.CloseOnExec(fd)
+		}
+	}
+	return n, oobn, flags, err
+}
+
+func peerCred(fd int) (cred, error) {
+	x, err := unix.GetsockoptXucred(fd, unix.SOL_LOCAL, unix.LOCAL_PEERCRED)
+	if err != nil {
+		return cred{}, err
+	}
+	pid, err := unix.GetsockoptInt(fd, unix.SOL_LOCAL, unix.LOCAL_PEERPID)
+	if err != nil {
+		return cred{}, err
+	}
+	return cred{pid: pid, uid: int(x.Uid)}, nil
+}

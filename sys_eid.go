@@ -1,0 +1,37 @@
+//go:build dragonfly || netbsd || openbsd
+
+package ecdysis
+
+import (
+	"encoding/binary"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+const reusePort = unix.SO_REUSEPORT
+
+// peerCred reads a structure for which x/sys/unix has no call by one that
+// reads any twenty bytes.
+func peerCred(fd int) (cred, error) {
+	var level, option int
+	uidAt, pidAt := 0, -1
+	switch runtime.GOOS {
+	case "openbsd": // SO_PEERCRED, getsockopt(2): uid, gid, pid
+		level, option, pidAt = unix.SOL_SOCKET, 0x1022, 8
+	case "netbsd": // LOCAL_PEEREID, unix(4): pid, uid, gid
+		level, option, uidAt, pidAt = 0, 3, 4, 0
+	case "dragonfly": // LOCAL_PEERCRED, unix(4): version, uid
+		level, option, uidAt = 0, 1, 4
+	}
+	m, err := unix.GetsockoptIPv6Mreq(fd, level, option)
+	if err != nil {
+		return cred{}, err
+	}
+	b := binary.NativeEndian.AppendUint32(m.Multiaddr[:], m.Interface)
+	c := cred{uid: int(binary.NativeEndian.Uint32(b[uidAt:]))}
+	if pidAt >= 0 {
+		c.pid = int(binary.NativeEndian.Uint32(b[pidAt:]))
+	}
+	return c, nil
+}

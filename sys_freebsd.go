@@ -1,0 +1,14 @@
+package ecdysis
+
+import "golang.org/x/sys/unix"
+
+const reusePort = unix.SO_REUSEPORT_LB
+
+func peerCred(fd int) (cred, error) {
+	const solLocal = 0 // unix(4)
+	x, err := unix.GetsockoptXucred(fd, solLocal, unix.LOCAL_PEERCRED)
+	if err != nil {
+		return cred{}, err
+	}
+	return cred{uid: int(x.Uid)}, nil
+}

@@ -1,0 +1,126 @@
+package ecdysis
+
+import (
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	dualStack      = true
+	maxUnixPath    = 107
+	oneBatchUnread = false // a stream holds what its buffer takes, descriptors included
+	reusePort      = unix.SO_REUSEPORT
+)
+
+// abortReserve is how much of a stream's buffer is kept for an ABORT.
+const abortReserve = 64 << 10
+
+// keepReserve makes a stream's buffer as large as the system allows, less a
+// reserve. SO_SNDBUF is read as twice the value that was set (socket(7)).
+func keepReserve(fd int) {
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 1<<20)
+	if n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF); err == nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, (n-abortReserve)/2)
+	}
+}
+
+func useReserve(fd int) {
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 1<<20)
+}
+
+func isListening(fd int) (bool, error) {
+	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+	return n != 0, err
+}
+
+// A cred is who is at the other end of a Unix socket; pid is 0 where the
+// system does not tell or the process is not visible from here.
+type cred struct{ pid, uid int }
+
+func peerCred(fd int) (cred, error) {
+	c, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	if err != nil {
+		return cred{}, err
+	}
+	return cred{pid: int(c.Pid), uid: int(c.Uid)}, nil
+}
+
+var senderSpace = unix.CmsgSpace(unix.SizeofUcred)
+
+// wantSender makes every message on a socket come with its sender's process
+// ID as it is seen from here (unix(7)).
+func wantSender(fd int) {
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PASSCRED, 1)
+}
+
+func senderOf(m *unix.SocketControlMessage) int {
+	c, err := unix.ParseUnixCredentials(m)
+	if err != nil {
+		return 0
+	}
+	return int(c.Pid)
+}
+
+// A watch tells when a process exits, by a pidfd (pidfd_open(2)), or by
+// waitid(2) on kernels before 5.3, whose children alone can be watched.
+type watch struct{ pid, pidfd int }
+
+func (w *watch) prepare(attr *syscall.ProcAttr, sibling bool) error {
+	w.pidfd = -1
+	attr.Sys = &syscall.SysProcAttr{PidFD: &w.pidfd}
+	if sibling {
+		attr.Sys.Cloneflags = syscall.CLONE_PARENT
+	}
+	return nil
+}
+
+func (w *watch) begin(pid int) { w.pid = pid }
+
+// exited waits at most d for the process to exit, and reports whether it has.
+func (w *watch) exited(d time.Duration) bool {
+	for end := time.Now().Add(d); ; {
+		if w.pidfd >= 0 {
+			fds := []unix.PollFd{{Fd: int32(w.pidfd), Events: unix.POLLIN}}
+			n, err := unix.Poll(fds, int((d+time.Millisecond-1)/time.Millisecond))
+			if err != unix.EINTR {
+				return n > 0
+			}
+		} else {
+			var info unix.Siginfo
+			err := unix.Waitid(unix.P_PID, w.pid, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+			if err == nil && info.Signo != 0 || err == unix.ECHILD && unix.Kill(w.pid, 0) == unix.ESRCH {
+				return true
+			}
+			time.Sleep(min(d, 5*time.Millisecond))
+		}
+		if d = time.Until(end); d <= 0 {
+			if w.pidfd < 0 {
+				return false
+			}
+			d = 0
+		}
+	}
+}
+
+// kill ends the process, if it can name it beyond doubt; otherwise the caller
+// does.
+func (w *watch) kill() (done bool, err error) {
+	if w.pidfd < 0 {
+		return false, nil
+	}
+	err = unix.PidfdSendSignal(w.pidfd, unix.SIGKILL, nil, 0)
+	if err == unix.ESRCH { // it has ended
+		err = nil
+	}
+	return true, os.NewSyscallError("pidfd_send_signal", err)
+}
+
+func (w *watch) close() {
+	if w.pidfd >= 0 {
+		unix.Close(w.pidfd)
+		w.pidfd = -1
+	}
+}
