@@ -1,0 +1,257 @@
+// Demo takes a daemon through everything that can happen to it in an upgrade,
+// under load, and counts what its clients noticed. From the module's directory:
+//
+//	go run ./examples/demo
+//
+// It builds examples/echod, runs it in a temporary directory, and keeps clients
+// connecting to it while it is replaced five times, gets a successor that
+// crashes, one that hangs and one that is missing, and is killed in the middle
+// of an upgrade. Then it prints a table and a verdict. The exit status is 1 if
+// a single request has failed.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"text/tabwriter"
+	"time"
+)
+
+func main() {
+	if socket := os.Getenv(standInVar); socket != "" {
+		standIn(socket)
+	}
+	asJSON := flag.Bool("json", false, "print the result as one JSON document")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	r, err := tour(ctx)
+	switch {
+	case ctx.Err() != nil:
+		err = errors.New("interrupted")
+		fallthrough
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "demo:", err)
+		os.Exit(1)
+	case *asJSON:
+		e := json.NewEncoder(os.Stdout)
+		e.SetIndent("", "  ")
+		_ = e.Encode(r)
+	default:
+		r.print()
+	}
+	if !r.OK {
+		os.Exit(1)
+	}
+}
+
+// tour runs the whole demonstration. Whatever it started has ended, and its
+// directory is gone, when it returns.
+func tour(ctx context.Context) (*report, error) {
+	began := time.Now()
+	d, err := newDaemon(ctx)
+	if err != nil {
+		return nil, err
+	}
+	load := &load{d: d, stopped: make(chan struct{})}
+	defer load.end() // after cleanUp: a client may wait for an answer
+	defer d.cleanUp()
+	out := newProgress(d, load)
+	defer out.end()
+
+	out.say("building examples/echod")
+	if err := d.build(); err != nil {
+		return nil, err
+	}
+	if err := d.start(); err != nil {
+		return nil, err
+	}
+	out.say("generation 0 serves: process %d, %s and %s", d.serving.Load().PID, d.tcp, d.unix)
+	load.start()
+
+	r := &report{Errors: []string{}}
+	for _, step := range []string{upgrade, upgrade, crash, upgrade, hang, upgrade, missing, upgrade, killed, ""} {
+		if err := load.more(ctx, 500); err != nil {
+			return nil, err
+		}
+		old := d.serving.Load()
+		switch step {
+		case upgrade:
+			err = d.upgrade()
+		case killed:
+			err = d.killParent(load)
+		case crash, hang, missing:
+			var reason string
+			reason, err = d.fail(step)
+			r.FailedUpgrades = append(r.FailedUpgrades, failedUpgrade{step, reason, old.Number})
+			step += "; " + reason
+		default:
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", step, err)
+		}
+		g := d.serving.Load()
+		out.say("%s: generation %d, process %d, serves", step, g.Number, g.PID)
+	}
+	load.end()
+	out.say("stopping generation %d", d.serving.Load().Number)
+	if err := d.stop(); err != nil {
+		return nil, err
+	}
+	r.count(d.generations, load)
+	r.Seconds = ms(time.Since(began)) / 1000
+	return r, nil
+}
+
+// What happens to the daemon, in the words of the report.
+const (
+	upgrade = "upgrade"
+	crash   = "the successor crashes"
+	hang    = "the successor hangs"
+	missing = "the program is missing"
+	killed  = "the old process is killed during the upgrade"
+)
+
+// A report is the result of the tour.
+type report struct {
+	Generations    []*generation   `json:"generations"`
+	FailedUpgrades []failedUpgrade `json:"failed_upgrades"`
+	Answered       int             `json:"answered"`
+	Failed         int             `json:"failed"`
+	Killed         int             `json:"in_the_hands_of_the_killed"`
+	Errors         []string        `json:"errors"` // of the failed requests, the first few
+	Seconds        float64         `json:"seconds"`
+	OK             bool            `json:"ok"`
+	Verdict        string          `json:"verdict"`
+}
+
+type failedUpgrade struct {
+	What   string `json:"what"`
+	Reason string `json:"reason"`
+	Serves int    `json:"serving_generation"`
+}
+
+// count enters what the clients saw.
+func (r *report) count(list []*generation, l *load) {
+	r.Generations = list
+	for _, f := range l.failures {
+		if g := killer(list, f); g != nil {
+			g.InHands++
+			continue
+		}
+		f.generation.Failed++
+		if len(r.Errors) < 5 {
+			r.Errors = append(r.Errors, f.err.Error())
+		}
+	}
+	for _, g := range list {
+		r.Answered += g.Answered
+		r.Failed += g.Failed
+		r.Killed += g.InHands
+	}
+	r.OK = r.Failed == 0
+	r.Verdict = fmt.Sprintf("all %d requests were answered", r.Answered)
+	if r.Killed > 0 {
+		r.Verdict += fmt.Sprintf("; %d more ended with the killed process, which had accepted them", r.Killed)
+	}
+	if !r.OK {
+		r.Verdict = fmt.Sprintf("%d of %d requests failed", r.Failed, r.Answered+r.Failed)
+	}
+}
+
+// killer returns the killed process that had accepted the connection that has
+// failed, if one may have: nobody can answer then. Who connected after its
+// death has no excuse. Who connected while it took over may have been accepted
+// by it before this program read that it was ready.
+func killer(list []*generation, f failure) *generation {
+	for _, g := range list {
+		before := g.Number - 1
+		if g.Killed && f.began.Before(g.died) && (f.generation == g || f.generation.Number == before && f.began.After(g.began)) {
+			return g
+		}
+	}
+	return nil
+}
+
+func (r *report) print() {
+	t := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(t, "\ngeneration\tPID\tstart to ready\tanswered\tfailed\t")
+	for _, g := range r.Generations {
+		fmt.Fprintf(t, "%d\t%d\t%.1f ms\t%d\t%d\t\n", g.Number, g.PID, g.ReadyMS, g.Answered, g.Failed)
+	}
+	_ = t.Flush()
+	fmt.Println()
+	for _, f := range r.FailedUpgrades {
+		fmt.Printf("%s: generation %d served on\n", f.What, f.Serves)
+	}
+	for _, g := range r.Generations {
+		if g.Killed {
+			fmt.Printf("%s: requests that ended with generation %d, which had accepted them: %d\n", killed, g.Number, g.InHands)
+		}
+	}
+	for _, e := range r.Errors {
+		fmt.Println("failed:", e)
+	}
+	fmt.Printf("verdict after %.1f s: %s\n", r.Seconds, r.Verdict)
+}
+
+// A progress tells what happens on standard error: a line for each step and,
+// on a terminal, one that changes below them.
+type progress struct {
+	live bool
+	done chan struct{}
+	wg   sync.WaitGroup
+	mu   sync.Mutex
+}
+
+func newProgress(d *daemon, l *load) *progress {
+	fi, err := os.Stderr.Stat()
+	p := &progress{live: err == nil && fi.Mode()&os.ModeCharDevice != 0, done: make(chan struct{})}
+	if !p.live {
+		return p
+	}
+	p.wg.Go(func() {
+		tick := time.NewTicker(100 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-p.done:
+				return
+			case <-tick.C:
+			}
+			if g := d.serving.Load(); g != nil {
+				answered, broken := l.totals()
+				p.print("generation %d, process %d: %d answered, %d broken", g.Number, g.PID, answered, broken)
+			}
+		}
+	})
+	return p
+}
+
+func (p *progress) say(format string, args ...any) { p.print(format+"\n", args...) }
+
+func (p *progress) print(format string, args ...any) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.live {
+		format = "\r\x1b[K" + format
+	}
+	fmt.Fprintf(os.Stderr, format, args...)
+}
+
+func (p *progress) end() {
+	close(p.done)
+	p.wg.Wait()
+	p.print("")
+}
+
+// ms returns d in milliseconds with one decimal.
+func ms(d time.Duration) float64 { return float64(d.Round(100*time.Microsecond).Microseconds()) / 1000 }
