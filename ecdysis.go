@@ -145,8 +145,17 @@ type Options struct {
 	PartialStopSignals []os.Signal
 
 	// Prepare has the last word before a successor is started. It may change
-	// the command, and may still call Listen. Its error ends the attempt.
+	// the command, and may still call Listen, AddConn or AddFile. Its error
+	// ends the attempt.
 	Prepare func(*Command) error
+
+	// SendState writes what the successor reads from State, as much of it as
+	// there is memory for: on Linux it is kept in memory, which counts as this
+	// process's, on other systems in an unlinked file in the temporary
+	// directory. It is called for each attempt, after Prepare, while this
+	// process serves: what changes after it has returned is not in it. Its
+	// error, and one of the writer's, ends the attempt.
+	SendState func(io.Writer) error
 
 	// Notify is called with every Event, on the goroutine that caused it and
 	// with no lock held. Calls may overlap, and may call any method. The step
@@ -215,7 +224,7 @@ type Event struct {
 	Signal     os.Signal // what caused it; nil: a call
 	PID        int       // of the process that the event is about; 0: none yet
 	Generation int       // of that process: in an upgrade, the successor's
-	Unclaimed  []string  // EventReady: "network address" of what was inherited and closed, for nobody had asked for it
+	Unclaimed  []string  // EventReady: what was inherited and closed, for nobody had asked for it: "tcp :80", "conn name", "file name", "pair name", "state"
 	Err        error     // EventUpgradeFailed, EventReady: what went wrong
 }
 
@@ -258,7 +267,8 @@ const (
 type Upgrader struct {
 	opts       Options
 	generation int
-	parent     *stream // to the old process; nil in the first one
+	parent     *stream      // to the old process; nil in the first one
+	state      *stateReader // what the old process has written; nil: nothing
 	signals    chan os.Signal
 
 	ready   chan struct{} // closed when Ready has succeeded
@@ -481,10 +491,11 @@ func (u *Upgrader) takeOver() error {
 	u.phase = serving
 	dropped := u.reg.takeInherited()
 	for _, e := range u.reg.entries {
-		e.l.resume()
+		e.resume()
 	}
 	u.mu.Unlock()
 	u.drop(dropped)
+	u.state.close()
 	return nil
 }
 
@@ -525,8 +536,9 @@ func (u *Upgrader) Fail(reason error) error {
 	return reason
 }
 
-// Stop ends this process's service: EventStopping, then the listeners are
-// closed (but for those with KeepOnStop), the files of Unix sockets and the PID
+// Stop ends this process's service: EventStopping, then the listeners, and what
+// AddConn, AddFile and DatagramPair keep, are closed (but for those with
+// KeepOnStop), reading packets ends, the files of Unix sockets and the PID
 // file are removed as far as they are this process's own, and Exit is closed.
 // Connections are the caller's to finish. Just after Ready it may wait some
 // seconds for the older process to step aside.
@@ -645,16 +657,16 @@ func (u *Upgrader) takeListeners(owner bool) (shut func()) {
 	dropped := u.reg.takeInherited()
 	var kept, taken []*entry
 	for _, e := range u.reg.entries {
-		if e.keep {
+		if e.keep && e.sock != nil {
 			kept = append(kept, e)
 		} else {
 			taken = append(taken, e)
 		}
 	}
-	u.reg.entries = kept
+	u.reg.entries, u.reg.adopted = kept, nil
 	u.mu.Unlock()
 	for _, e := range taken {
-		e.l.quiet()
+		e.quiet()
 		if owner || !e.inherited {
 			e.removeFile()
 		} else {
@@ -662,9 +674,10 @@ func (u *Upgrader) takeListeners(owner bool) (shut func()) {
 		}
 	}
 	u.drop(dropped)
+	u.state.close()
 	return func() {
 		for _, e := range taken {
-			e.l.shut()
+			e.shut()
 		}
 	}
 }

@@ -32,11 +32,11 @@ type record []string
 
 const (
 	frameHello   = 'H' // old to new: version, generation, pid
-	frameSockets = 'S' // old to new: sockets; answered by frameAck
+	frameSockets = 'S' // old to new: what is handed on; answered by frameAck
 	frameEnd     = 'E' // old to new: that was all
 	frameAck     = 'K' // new to old: a batch has arrived
 	frameReady   = 'R' // new to old: pid, unclaimed
-	frameFail    = 'F' // new to old: reason
+	frameFail    = 'F' // new to old: reason, inuse, address
 	frameCommit  = 'C' // old to new: probation
 	frameAbort   = 'A' // old to new: go away
 	frameDone    = 'D' // new to old: I serve
@@ -215,7 +215,7 @@ func (s *stream) next() (frame, error) {
 		f, n, err := parseFrame(s.in)
 		if err == nil && n > 0 && f.kind == frameSockets {
 			if len(f.records) > len(s.fds) {
-				err = fmt.Errorf("%d sockets were announced and %d descriptors came", len(f.records), len(s.fds))
+				err = fmt.Errorf("%d descriptors were announced and %d came", len(f.records), len(s.fds))
 			} else {
 				f.fds = s.fds[:len(f.records):len(f.records)]
 				s.fds = s.fds[len(f.records):]
@@ -480,7 +480,16 @@ func (s *stream) sendFail(reason error) {
 	if len(text) > maxFrame/2 {
 		text = text[:maxFrame/2]
 	}
-	_ = s.send(frameFail, []record{{"reason=" + text}}, nil) // fails only if the old process is gone
+	r := record{"reason=" + text}
+	if errors.Is(reason, unix.EADDRINUSE) { // the old process may know why
+		r = append(r, "inuse=1")
+		for err := reason; err != nil; err = errors.Unwrap(err) {
+			if oe, ok := err.(*net.OpError); ok && oe.Addr != nil {
+				r = append(r, "address="+oe.Addr.String())
+			}
+		}
+	}
+	_ = s.send(frameFail, []record{r}, nil) // fails only if the old process is gone
 }
 
 // The successor's side.
@@ -525,8 +534,8 @@ func openStream(value string) (*stream, error) {
 		return nil, fmt.Errorf("descriptor %d is not a stream socket", fd)
 	}
 	// Systems that do not tell for a socket pair are taken at their word.
-	if peer, err := peerCred(fd); err == nil && (peer.uid != uid || peer.pid != 0 && peer.pid != pid) {
-		return nil, fmt.Errorf("descriptor %d leads to process %d of user %d", fd, peer.pid, peer.uid)
+	if peer, err := peerCred(fd); err == nil && (peer.UID != uid || peer.PID != 0 && peer.PID != pid) {
+		return nil, fmt.Errorf("descriptor %d leads to process %d of user %d", fd, peer.PID, peer.UID)
 	}
 	s, err := newStream(fd)
 	if err == nil {
@@ -568,6 +577,11 @@ func (u *Upgrader) inherit() error {
 					closeAll(f.fds[i:])
 					return u.disinherit(err)
 				}
+				if e.kind == kindState {
+					u.state.close() // there is one at most
+					u.state = newStateReader(e)
+					continue
+				}
 				u.reg.inherited = append(u.reg.inherited, e)
 			}
 			_ = u.parent.send(frameAck, nil, nil) // fails only if nobody waits for it
@@ -585,6 +599,7 @@ func (u *Upgrader) inherit() error {
 }
 
 func (u *Upgrader) disinherit(err error) error {
+	u.state.close()
 	for _, e := range u.reg.inherited {
 		e.drop()
 	}
@@ -594,49 +609,55 @@ func (u *Upgrader) disinherit(err error) error {
 
 // record returns e as it is handed on.
 func (e *entry) record() record {
-	r := record{"kind=listener", "network=" + e.network, "address=" + e.address, "at=" + e.at}
+	r := record{"kind=" + e.kind}
+	add := func(key, value string) {
+		if value != "" {
+			r = append(r, key+"="+value)
+		}
+	}
+	add("name", e.name)
+	add("network", e.network)
+	add("address", e.address)
+	add("at", e.at)
 	if e.keep {
-		r = append(r, "keep=1")
+		add("keep", "1")
 	}
 	if e.path != "" {
-		r = append(r, "path="+e.path, "dev="+strconv.FormatUint(e.dev, 10), "ino="+strconv.FormatUint(e.ino, 10))
+		add("path", e.path)
+		add("dev", strconv.FormatUint(e.dev, 10))
+		add("ino", strconv.FormatUint(e.ino, 10))
+	}
+	if e.kind == kindState {
+		add("size", strconv.FormatInt(e.size, 10))
 	}
 	return r
 }
 
-// inheritedEntry checks a descriptor against what is said of it.
+// inheritedEntry checks a descriptor against what is said of it. One of a kind
+// that a later version knows is there for nobody to ask for.
 func inheritedEntry(r record, fd int) (*entry, error) {
-	e := &entry{inherited: true, fd: fd, network: r.get("network"), address: r.get("address"), at: r.get("at"), keep: r.get("keep") == "1", path: r.get("path")}
+	e := &entry{inherited: true, fd: fd, kind: r.get("kind"), name: r.get("name"), network: r.get("network"), address: r.get("address"), at: r.get("at"), keep: r.get("keep") == "1", path: r.get("path")}
 	wrong := func(format string, args ...any) (*entry, error) {
-		return nil, fmt.Errorf("inherited descriptor for %s: %s", e.name(), fmt.Sprintf(format, args...))
+		return nil, fmt.Errorf("inherited descriptor for %s: %s", e.label(), fmt.Sprintf(format, args...))
 	}
-	if kind := r.get("kind"); kind != "listener" {
-		return wrong("it is a %q, which this version does not know", kind)
-	}
-	typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
-	if err != nil {
-		return wrong("it is no socket: %v", os.NewSyscallError("getsockopt", err))
-	}
-	if typ != unix.SOCK_STREAM {
-		return wrong("it is a socket of type %d; want %d (stream)", typ, unix.SOCK_STREAM)
-	}
-	if ok, err := isListening(fd); err == nil && !ok {
-		return wrong("it does not listen")
-	}
-	sa, err := unix.Getsockname(fd)
-	if err != nil {
-		return wrong("%v", os.NewSyscallError("getsockname", err))
-	}
-	if _, isUnix := sa.(*unix.SockaddrUnix); isUnix != (e.network == "unix") {
-		return wrong("it is bound to %q", boundKey(sa, false))
-	}
-	v6only := false
-	if sa6, ok := sa.(*unix.SockaddrInet6); ok && sa6.Addr == [16]byte{} {
-		n, err := unix.GetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY)
-		v6only = err != nil || n != 0
-	}
-	if at := boundKey(sa, v6only); at != e.at {
-		return wrong("it is bound to %q; want %q", at, e.at)
+	switch e.kind {
+	case kindListener, kindPacket, kindPair, kindConn:
+		typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+		if err != nil {
+			return wrong("it is no socket: %v", os.NewSyscallError("getsockopt", err))
+		}
+		if e.kind == kindListener || e.kind == kindPacket {
+			if err := e.checkBound(typ); err != nil {
+				return wrong("%v", err)
+			}
+		}
+	case kindState:
+		var st unix.Stat_t
+		var err error
+		e.size, err = strconv.ParseInt(r.get("size"), 10, 64)
+		if err != nil || unix.Fstat(fd, &st) != nil || e.size < 0 || int64(st.Size) < e.size {
+			return wrong("%q bytes were announced and it has %d", r.get("size"), st.Size)
+		}
 	}
 	if e.path != "" {
 		var err1, err2 error
@@ -647,6 +668,28 @@ func inheritedEntry(r record, fd int) (*entry, error) {
 		}
 	}
 	return e, nil
+}
+
+// checkBound reports, as an error, that a descriptor is not the socket that
+// clients find at e's address.
+func (e *entry) checkBound(typ int) error {
+	want, isUnix := socketType(e.network)
+	if typ != want {
+		return fmt.Errorf("it is a socket of type %d; want %d", typ, want)
+	}
+	if e.kind == kindListener {
+		if ok, err := isListening(e.fd); err == nil && !ok {
+			return errors.New("it does not listen")
+		}
+	}
+	sa, at, err := boundTo(e.fd, typ)
+	if err != nil {
+		return err
+	}
+	if _, ok := sa.(*unix.SockaddrUnix); ok != isUnix || at != e.at {
+		return fmt.Errorf("it is bound to %q; want %q", at, e.at)
+	}
+	return nil
 }
 
 // awaitCommit says READY and returns when the older process has given its
@@ -744,7 +787,7 @@ func (u *Upgrader) upgrade(cause Event) error {
 		close(u.exit)
 		// Last of all: a program may exit as soon as its accept loop ends.
 		for _, e := range a.handed {
-			e.l.shut()
+			e.shut()
 		}
 	}()
 	u.notify(e)
@@ -783,7 +826,9 @@ type attempt struct {
 	step      string
 	s         *stream
 	child     *child
-	handed    []*entry // all that the successor gets
+	stateFile *os.File // what SendState has written; nil: nothing
+	state     *entry   // of that
+	handed    []*entry // all else that the successor gets
 	rest      []*entry // of these, not sent yet
 	sent      int      // frames that want to be acknowledged
 	endSent   bool
@@ -822,17 +867,25 @@ func (a *attempt) run() error {
 			return err
 		}
 	}
+	var err error
+	if a.stateFile, a.state, err = writeState(u.opts.SendState); err != nil {
+		return fmt.Errorf("state: %w", err)
+	}
 	a.step = "start"
 	deadline := time.Now().Add(u.opts.UpgradeTimeout)
 	if err := a.start(cmd); err != nil {
 		return err
 	}
 	a.step = "init"
-	err := a.handOn(deadline)
+	err = a.handOn(deadline)
 	if err == nil {
 		err = a.awaitReady(deadline)
 	}
-	switch err {
+	cause := err
+	if err != nil {
+		err = a.blame(err)
+	}
+	switch cause {
 	case nil:
 	case os.ErrDeadlineExceeded:
 		return fmt.Errorf("not ready within %v (Options.UpgradeTimeout): %w", u.opts.UpgradeTimeout, err)
@@ -841,6 +894,7 @@ func (a *attempt) run() error {
 	default:
 		return err
 	}
+	a.closeState()
 	a.step = "handover"
 	if err := a.handOver(); err != nil {
 		return err
@@ -867,9 +921,12 @@ func (a *attempt) start(cmd *Command) error {
 		e.handed = true
 	}
 	u.mu.Unlock()
-	a.rest = a.handed
+	if a.state != nil { // first: it is there if this process ends early
+		a.rest = append(a.rest, a.state)
+	}
+	a.rest = append(a.rest, a.handed...)
 
-	fds, err := socketpair()
+	fds, err := socketpair(unix.SOCK_STREAM)
 	if err != nil {
 		return err
 	}
@@ -936,7 +993,7 @@ func (a *attempt) sendBatch(list []*entry) (n int, err error) {
 			size += len(f) + 2
 		}
 		var serr error
-		cerr := e.l.raw.Control(func(fd uintptr) {
+		cerr := e.control(func(fd uintptr) {
 			records = append(records, r)
 			fds = append(fds, int(fd))
 			serr = step(size)
@@ -1073,11 +1130,27 @@ func (a *attempt) awaitReady(deadline time.Time) error {
 }
 
 // A successorError is the reason that a successor gave.
-type successorError string
+type successorError struct {
+	reason  string
+	inUse   bool   // it is that an address is in use
+	address string // this one; "": it did not say
+}
 
-func (e successorError) Error() string { return "it says: " + string(e) }
+func (e successorError) Error() string { return "it says: " + e.reason }
 
-func failReason(f frame) error { return successorError(f.first("reason")) }
+func failReason(f frame) error {
+	return successorError{f.first("reason"), f.first("inuse") == "1", f.first("address")}
+}
+
+// hasSaid reports whether err is the reason that a successor gave.
+func hasSaid(err error) bool {
+	for ; err != nil; err = errors.Unwrap(err) {
+		if _, ok := err.(successorError); ok {
+			return true
+		}
+	}
+	return false
+}
 
 func (a *attempt) unexpected(f frame) error {
 	if f.kind == frameFail {
@@ -1092,7 +1165,7 @@ func (a *attempt) handOver() error {
 	u := a.u
 	a.quiet = true
 	for _, e := range a.handed {
-		e.l.quiet()
+		e.quiet()
 	}
 	a.told = true
 	u.notify(a.event(EventHandover))
@@ -1160,7 +1233,7 @@ func (a *attempt) finish() error {
 	u.mu.Lock()
 	u.phase = upgraded
 	u.successor = a.s
-	u.reg.entries = nil
+	u.reg.entries, u.reg.adopted = nil, nil
 	u.mu.Unlock()
 	for _, e := range a.handed {
 		if slices.Contains(a.unclaimed, e.path) {
@@ -1170,6 +1243,14 @@ func (a *attempt) finish() error {
 	a.child.release()
 	a.releaseOther()
 	return nil
+}
+
+// closeState frees what SendState has written.
+func (a *attempt) closeState() {
+	if a.stateFile != nil {
+		a.stateFile.Close()
+		a.stateFile, a.state.fd = nil, -1
+	}
 }
 
 // saidBye reports whether the successor was stopped, and not killed: it may
@@ -1200,6 +1281,7 @@ func (a *attempt) fail(err error) error {
 		ue.State = a.end(err)
 	}
 	a.releaseOther()
+	a.closeState()
 	if a.s != nil {
 		a.s.close()
 	}
@@ -1230,7 +1312,7 @@ func (a *attempt) resume() {
 		}
 		e.handed = false
 		if a.quiet {
-			e.l.resume()
+			e.resume()
 		}
 	}
 	u.phase = serving
@@ -1244,7 +1326,7 @@ func (a *attempt) resume() {
 // ended; nil: unknown.
 func (a *attempt) end(cause error) *os.ProcessState {
 	a.s.abort()
-	if _, said := cause.(successorError); said || errors.Is(cause, io.ErrUnexpectedEOF) {
+	if hasSaid(cause) || errors.Is(cause, io.ErrUnexpectedEOF) {
 		// It is about to exit by itself, with a status that tells more.
 		grace := time.Second
 		if a.committed {

@@ -69,6 +69,7 @@ type spec struct {
 	NoAccept   bool              // do not accept at all
 	LateAccept bool              // start the accept loops after Ready, as the README's daemon does
 	Wait       bool              // run Upgrader.Wait and exit as the README's daemon does
+	Extra      map[string]string // for what single tests add, in adjust and setUp
 }
 
 type options struct {
@@ -227,6 +228,9 @@ func daemonMain() {
 		}), p.SetEnv...)
 		return nil
 	}
+	for _, f := range adjust {
+		f(d, &opts)
+	}
 	if d.u, err = ecdysis.New(opts); err != nil {
 		d.send(message{At: "new failed", Err: toErrMsg(err)})
 		fatal(err)
@@ -237,6 +241,9 @@ func daemonMain() {
 			d.send(message{At: "listen failed", Err: toErrMsg(err)})
 			fatal(d.u.Fail(err))
 		}
+	}
+	for _, f := range setUp {
+		f(d)
 	}
 	d.addrs()
 	d.point("listened")
@@ -477,6 +484,14 @@ func (d *daemon) do(c command) (m message) {
 	}
 	return m
 }
+
+// adjust changes a daemon's options before New, setUp does what a daemon does
+// between New and Ready. Single tests add to them; Extra tells whether they
+// are meant.
+var (
+	adjust []func(*daemon, *ecdysis.Options)
+	setUp  []func(*daemon)
+)
 
 // verbs are commands that single tests add.
 var verbs = map[string]func(*daemon, command) message{}

@@ -41,7 +41,7 @@ func TestListenBadInput(t *testing.T) {
 		lc               ecdysis.ListenConfig
 		want             []string
 	}{
-		{"", ":0", ecdysis.ListenConfig{}, []string{"unknown network", "want tcp, tcp4, tcp6 or unix"}},
+		{"", ":0", ecdysis.ListenConfig{}, []string{"unknown network", "want tcp, tcp4, tcp6, unix or unixpacket"}},
 		{"udp", ":0", ecdysis.ListenConfig{}, []string{"udp", "want tcp"}},
 		{"TCP", ":0", ecdysis.ListenConfig{}, []string{"TCP", "want tcp"}},
 		{"tcp", "80", ecdysis.ListenConfig{}, []string{"80", "missing port", "want host:port"}},

@@ -1,6 +1,7 @@
 package ecdysis
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -11,37 +12,98 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// An entry is one socket that this process holds, or has inherited and not
-// yet been asked for.
+// The kinds of what is handed on.
+const (
+	kindListener = "listener"
+	kindPacket   = "packet" // a socket for datagrams
+	kindConn     = "conn"
+	kindFile     = "file"
+	kindPair     = "pair" // the successor's end of a DatagramPair
+	kindState    = "state"
+)
+
+// A socket is what an entry is here once it was asked for, if it goes on being
+// handed on: a *listener or a *packetConn.
+type socket interface {
+	quiet()
+	resume()
+	shut()
+	control(f func(fd uintptr)) error
+}
+
+// An entry is one thing that this process holds to hand it on, or has
+// inherited and not yet been asked for.
 type entry struct {
-	network, address string // the words it was asked for with
+	kind             string
+	name             string // what it was added as; "": Listen and ListenPacket have made it
+	network, address string // of a socket: the words it was asked for with
 	at               string // boundKey of its address
 	keep             bool   // ListenConfig.KeepOnStop
 	path             string // absolute, of a Unix socket's file; "": none
-	dev, ino         uint64 // of that file when it was bound
+	dev, ino         uint64 // of that file when it was bound; 0: not this package's to remove
+	size             int64  // of a state
+	inherited        bool   // not made by this process
 
-	fd        int       // until l has it; -1: closed or with l
-	inherited bool      // not made by this process
-	l         *listener // once it was asked for
-
-	// Guarded by Upgrader.mu.
-	claimed bool // taken from the inheritance
-	handed  bool // the successor of the running upgrade has a copy
-	closed  bool // withdrawn while handed
+	// Guarded by Upgrader.mu. An entry of an upgrade that runs keeps its
+	// descriptor or socket.
+	fd      int    // until sock has it; -1: closed, or with sock
+	sock    socket // nil: a bare descriptor
+	claimed bool   // taken from the inheritance
+	handed  bool   // the successor of the running upgrade has a copy
+	closed  bool   // withdrawn while handed
 }
 
-// name returns the words of e for an event.
-func (e *entry) name() string { return e.network + " " + e.address }
+// label names e for an event or an error.
+func (e *entry) label() string {
+	switch {
+	case e.network != "":
+		return e.network + " " + e.address
+	case e.name != "":
+		return e.kind + " " + e.name
+	}
+	return e.kind
+}
+
+// control calls f with e's descriptor, which stays what it is meanwhile.
+func (e *entry) control(f func(fd uintptr)) error {
+	switch {
+	case e.sock != nil:
+		return e.sock.control(f)
+	case e.fd < 0:
+		return os.ErrClosed
+	}
+	f(uintptr(e.fd))
+	return nil
+}
+
+func (e *entry) quiet() {
+	if e.sock != nil {
+		e.sock.quiet()
+	}
+}
+
+func (e *entry) resume() {
+	if e.sock != nil {
+		e.sock.resume()
+	}
+}
+
+func (e *entry) shut() {
+	if e.sock != nil {
+		e.sock.shut()
+	}
+	e.drop()
+}
 
 // key returns the key of the place where e is.
 func (e *entry) key() string {
 	if e.path != "" {
-		return "unix " + e.path
+		return e.network + " " + e.path
 	}
 	return e.at
 }
 
-// drop closes a descriptor that was never asked for.
+// drop closes a bare descriptor.
 func (e *entry) drop() {
 	if e.fd >= 0 {
 		unix.Close(e.fd)
@@ -65,20 +127,28 @@ func (e *entry) removeFile() {
 // guarded by Upgrader.mu.
 type registry struct {
 	entries   []*entry // in the order in which they were added
+	adopted   []*entry // of these, sockets from AddFile that nobody has asked for yet
 	inherited []*entry // in the older process's order
 	dropped   []*entry // inherited and closed before their files were this process's own
-	// inherited by words and by place. Each list is in order; what was
-	// claimed by another way is skipped.
-	words, places map[string][]*entry
+	// inherited by words, by place and by name. Each list is in order; what
+	// was claimed by another way is skipped.
+	words, places, names map[string][]*entry
 }
 
 // index makes what was inherited ready to be claimed.
 func (r *registry) index() {
-	r.words = make(map[string][]*entry, len(r.inherited))
-	r.places = make(map[string][]*entry, len(r.inherited))
+	n := len(r.inherited)
+	r.words, r.places, r.names = make(map[string][]*entry, n), make(map[string][]*entry, n), make(map[string][]*entry)
 	for _, e := range r.inherited {
+		if e.name != "" {
+			k := nameKey(e.kind, e.name)
+			r.names[k] = append(r.names[k], e)
+		}
+		if e.kind != kindListener && e.kind != kindPacket {
+			continue
+		}
 		if e.path == "" {
-			r.words[e.name()] = append(r.words[e.name()], e)
+			r.words[e.label()] = append(r.words[e.label()], e)
 		}
 		r.places[e.key()] = append(r.places[e.key()], e)
 		if k, ok := portZeroKey(e); ok {
@@ -87,11 +157,13 @@ func (r *registry) index() {
 	}
 }
 
+func nameKey(kind, name string) string { return kind + " " + name }
+
 // portZeroKey returns the key that finds e for who asks for port 0, if it was
 // asked for so.
 func portZeroKey(e *entry) (string, bool) {
 	_, port, err := net.SplitHostPort(e.address)
-	if err != nil || e.network == "unix" {
+	if _, isUnix := socketType(e.network); err != nil || isUnix {
 		return "", false
 	}
 	if n, err := strconv.Atoi(port); port != "" && (err != nil || n != 0) {
@@ -104,29 +176,61 @@ func portZeroKey(e *entry) (string, bool) {
 	return e.at[:i] + ":0", true
 }
 
-// claimWords takes the first inherited socket that was asked for with these
-// words; nil: there is none. A path's words mean something else in another
-// directory: those of Unix sockets are not looked at.
+// claimWords takes the first socket that was asked for with these words; nil:
+// there is none. A path's words mean something else in another directory:
+// those of Unix sockets are not looked at.
 func (r *registry) claimWords(network, address string) *entry {
-	return claimFirst(r.words, network+" "+address)
+	if e := claimFirst(r.words, network+" "+address); e != nil {
+		return e
+	}
+	return r.claimAdopted(func(e *entry) bool {
+		return e.path == "" && e.network == network && e.address == address
+	})
 }
 
-// claimPlace takes the first inherited socket that is bound to p.
+// claimPlace takes the first socket that is bound to p.
 func (r *registry) claimPlace(p *place) *entry {
-	if e := claimFirst(r.places, p.key()); e != nil || p.path == "" {
+	key := p.key()
+	if e := claimFirst(r.places, key); e != nil {
+		return e
+	}
+	if e := r.claimAdopted(func(e *entry) bool { return e.key() == key }); e != nil || p.path == "" {
 		return e
 	}
 	var st unix.Stat_t
 	if unix.Stat(p.path, &st) != nil {
 		return nil
 	}
-	for _, e := range r.inherited { // the same file by another path
-		if !e.claimed && e.path != "" && e.dev == uint64(st.Dev) && e.ino == uint64(st.Ino) {
+	sameFile := func(e *entry) bool { // by another path
+		return e.path != "" && e.network == p.network && e.dev == uint64(st.Dev) && e.ino == uint64(st.Ino)
+	}
+	for _, e := range r.inherited {
+		if !e.claimed && sameFile(e) {
 			e.claimed = true
 			return e
 		}
 	}
 	return nil
+}
+
+// claimName takes the first thing of this kind and name.
+func (r *registry) claimName(kind, name string) *entry {
+	if e := claimFirst(r.names, nameKey(kind, name)); e != nil {
+		return e
+	}
+	return r.claimAdopted(func(e *entry) bool { return e.kind == kind && e.name == name })
+}
+
+// claimAdopted takes a socket that AddFile has brought here. It stays in its
+// place among the entries.
+func (r *registry) claimAdopted(match func(*entry) bool) *entry {
+	i := slices.IndexFunc(r.adopted, match)
+	if i < 0 {
+		return nil
+	}
+	e := r.adopted[i]
+	r.adopted = slices.Delete(r.adopted, i, i+1)
+	return e
 }
 
 func claimFirst(m map[string][]*entry, key string) *entry {
@@ -157,8 +261,17 @@ func (r *registry) unclaimed() []*entry {
 // takeInherited ends claiming: it returns what nobody has asked for.
 func (r *registry) takeInherited() []*entry {
 	list := r.unclaimed()
-	r.inherited, r.words, r.places = nil, nil, nil
+	r.inherited, r.words, r.places, r.names = nil, nil, nil, nil
 	return list
+}
+
+// remove takes an entry out of those that are handed on.
+func (r *registry) remove(e *entry) {
+	for _, list := range []*[]*entry{&r.entries, &r.adopted} {
+		if i := slices.Index(*list, e); i >= 0 {
+			*list = slices.Delete(*list, i, i+1)
+		}
+	}
 }
 
 // mayAdd reports, as an error, why nothing can be added now. u.mu is held.
@@ -170,29 +283,41 @@ func (u *Upgrader) mayAdd() error {
 	return u.phase.refusal()
 }
 
-// claim takes an entry of the inheritance, if find finds one.
-func (u *Upgrader) claim(find func(*registry) *entry) (*entry, error) {
+// claim makes what find finds, if that is not nil, a socket that is handed on,
+// and opens it if this process serves. Where it was not found by its name, its
+// words become those it was asked for with.
+func (u *Upgrader) claim(asked askedAddr, find func(*registry) *entry) (socket, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if err := u.mayAdd(); err != nil {
 		return nil, err
 	}
-	return find(&u.reg), nil
-}
-
-// add enters a listener that is to be handed on, and lets it accept if this
-// process serves.
-func (u *Upgrader) add(l *listener) error {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if err := u.mayAdd(); err != nil {
-		return err
+	e := find(&u.reg)
+	if e == nil {
+		return nil, nil
 	}
-	u.reg.entries = append(u.reg.entries, l.e)
+	if asked != (askedAddr{}) {
+		e.network, e.address = asked.network, asked.address
+	}
+	var s socket
+	var err error
+	if e.kind == kindPacket {
+		s, err = newPacketConn(u, e)
+	} else {
+		s, err = newListener(u, e)
+	}
+	if err != nil {
+		u.reg.remove(e)
+		return nil, fmt.Errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: e.network, Addr: askedAddr{e.network, e.address}, Err: err})
+	}
+	e.sock = s
+	if e.inherited || e.name == "" { // what AddFile has brought is there already
+		u.reg.entries = append(u.reg.entries, e)
+	}
 	if u.phase != starting {
-		l.resume()
+		e.resume()
 	}
-	return nil
+	return s, nil
 }
 
 // withdraw takes an entry out again. It reports whether its socket's file is
@@ -202,9 +327,7 @@ func (u *Upgrader) withdraw(e *entry) bool {
 	owner := e.path != "" && u.settle()
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if i := slices.Index(u.reg.entries, e); i >= 0 {
-		u.reg.entries = slices.Delete(u.reg.entries, i, i+1)
-	}
+	u.reg.remove(e)
 	if e.handed {
 		e.closed = true // its file goes if the upgrade fails
 		return false
@@ -233,7 +356,11 @@ func (u *Upgrader) drop(list []*entry) {
 		e.drop()
 	}
 	u.mu.Lock()
-	u.reg.dropped = append(u.reg.dropped, list...)
+	for _, e := range list {
+		if e.path != "" {
+			u.reg.dropped = append(u.reg.dropped, e)
+		}
+	}
 	u.mu.Unlock()
 	select {
 	case <-u.settled:
@@ -260,29 +387,44 @@ func (u *Upgrader) unclaimed() []string {
 	defer u.mu.Unlock()
 	var names []string
 	for _, e := range u.reg.unclaimed() {
-		names = append(names, e.name())
+		names = append(names, e.label())
+	}
+	if u.state != nil && u.state.unread() > 0 {
+		names = append(names, kindState)
 	}
 	return names
 }
 
-// boundKey returns the key of a bound address: equal for two sockets if each
-// serves the clients of the other.
-func boundKey(sa unix.Sockaddr, v6only bool) string {
+// boundKey returns the key of a bound address: equal for two sockets of this
+// type if each serves the clients of the other.
+func boundKey(typ int, sa unix.Sockaddr, v6only bool) string {
+	network := networkOf(typ, sa)
 	switch sa := sa.(type) {
 	case *unix.SockaddrInet4:
-		return "tcp " + netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port)).String()
+		return network + " " + netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port)).String()
 	case *unix.SockaddrInet6:
-		network := "tcp "
 		ip := netip.AddrFrom16(sa.Addr)
 		if v6only && ip.IsUnspecified() {
-			network = "tcp6 "
+			network += "6"
 		}
 		if sa.ZoneId != 0 {
 			ip = ip.WithZone(strconv.FormatUint(uint64(sa.ZoneId), 10))
 		}
-		return network + netip.AddrPortFrom(ip, uint16(sa.Port)).String()
+		return network + " " + netip.AddrPortFrom(ip, uint16(sa.Port)).String()
 	case *unix.SockaddrUnix:
-		return "unix " + sa.Name
+		return network + " " + sa.Name
+	}
+	return ""
+}
+
+// networkOf returns what net calls the sockets of a type and address family;
+// "": it has no name for them.
+func networkOf(typ int, sa unix.Sockaddr) string {
+	_, isUnix := sa.(*unix.SockaddrUnix)
+	for _, network := range []string{"tcp", "udp", "unix", "unixpacket", "unixgram"} {
+		if t, u := socketType(network); t == typ && u == isUnix {
+			return network
+		}
 	}
 	return ""
 }

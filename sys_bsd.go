@@ -5,6 +5,7 @@ package ecdysis
 import (
 	"errors"
 	"fmt"
+	"os"
 	"runtime"
 	"syscall"
 	"time"
@@ -43,10 +44,6 @@ const senderSpace = 0
 func wantSender(int) {}
 
 func senderOf(*unix.SocketControlMessage) int { return 0 }
-
-// A cred is who is at the other end of a Unix socket; pid is 0 where the
-// system does not tell.
-type cred struct{ pid, uid int }
 
 // A watch tells when a process exits, by kqueue(2).
 type watch struct {
@@ -104,3 +101,6 @@ func (w *watch) close() {
 		w.kq = -1
 	}
 }
+
+// stateFile says that there is no memory that could be handed on like a file.
+func stateFile() (*os.File, error) { return nil, errors.ErrUnsupported }

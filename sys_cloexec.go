@@ -15,8 +15,8 @@ func newSocket(family, typ int) (int, error) {
 	return fd, os.NewSyscallError("socket", err)
 }
 
-func socketpair() ([2]int, error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+func socketpair(typ int) ([2]int, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	return fds, os.NewSyscallError("socketpair", err)
 }
 

@@ -27,10 +27,10 @@ func newSocket(family, typ int) (int, error) {
 	return fd, nil
 }
 
-func socketpair() ([2]int, error) {
+func socketpair(typ int) ([2]int, error) {
 	syscall.ForkLock.RLock()
 	defer syscall.ForkLock.RUnlock()
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	fds, err := unix.Socketpair(unix.AF_UNIX, typ, 0)
 	if err != nil {
 		return fds, os.NewSyscallError("socketpair", err)
 	}
@@ -62,14 +62,14 @@ func recvmsg(fd int, p, oob []byte) (n, oobn, flags int, err error) {
 	return n, oobn, flags, err
 }
 
-func peerCred(fd int) (cred, error) {
+func peerCred(fd int) (Cred, error) {
 	x, err := unix.GetsockoptXucred(fd, unix.SOL_LOCAL, unix.LOCAL_PEERCRED)
 	if err != nil {
-		return cred{}, err
+		return Cred{}, err
 	}
 	pid, err := unix.GetsockoptInt(fd, unix.SOL_LOCAL, unix.LOCAL_PEERPID)
 	if err != nil {
-		return cred{}, err
+		return Cred{}, err
 	}
-	return cred{pid: pid, uid: int(x.Uid)}, nil
+	return Cred{PID: pid, UID: int(x.Uid)}, nil
 }

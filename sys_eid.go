@@ -13,7 +13,7 @@ const reusePort = unix.SO_REUSEPORT
 
 // peerCred reads a structure for which x/sys/unix has no call by one that
 // reads any twenty bytes.
-func peerCred(fd int) (cred, error) {
+func peerCred(fd int) (Cred, error) {
 	var level, option int
 	uidAt, pidAt := 0, -1
 	switch runtime.GOOS {
@@ -26,12 +26,12 @@ func peerCred(fd int) (cred, error) {
 	}
 	m, err := unix.GetsockoptIPv6Mreq(fd, level, option)
 	if err != nil {
-		return cred{}, err
+		return Cred{}, err
 	}
 	b := binary.NativeEndian.AppendUint32(m.Multiaddr[:], m.Interface)
-	c := cred{uid: int(binary.NativeEndian.Uint32(b[uidAt:]))}
+	c := Cred{UID: int(binary.NativeEndian.Uint32(b[uidAt:]))}
 	if pidAt >= 0 {
-		c.pid = int(binary.NativeEndian.Uint32(b[pidAt:]))
+		c.PID = int(binary.NativeEndian.Uint32(b[pidAt:]))
 	}
 	return c, nil
 }

@@ -4,11 +4,11 @@ import "golang.org/x/sys/unix"
 
 const reusePort = unix.SO_REUSEPORT_LB
 
-func peerCred(fd int) (cred, error) {
+func peerCred(fd int) (Cred, error) {
 	const solLocal = 0 // unix(4)
 	x, err := unix.GetsockoptXucred(fd, solLocal, unix.LOCAL_PEERCRED)
 	if err != nil {
-		return cred{}, err
+		return Cred{}, err
 	}
-	return cred{uid: int(x.Uid)}, nil
+	return Cred{UID: int(x.Uid)}, nil
 }

@@ -36,16 +36,12 @@ func isListening(fd int) (bool, error) {
 	return n != 0, err
 }
 
-// A cred is who is at the other end of a Unix socket; pid is 0 where the
-// system does not tell or the process is not visible from here.
-type cred struct{ pid, uid int }
-
-func peerCred(fd int) (cred, error) {
+func peerCred(fd int) (Cred, error) {
 	c, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
 	if err != nil {
-		return cred{}, err
+		return Cred{}, err
 	}
-	return cred{pid: int(c.Pid), uid: int(c.Uid)}, nil
+	return Cred{PID: int(c.Pid), UID: int(c.Uid)}, nil
 }
 
 var senderSpace = unix.CmsgSpace(unix.SizeofUcred)
@@ -123,4 +119,14 @@ func (w *watch) close() {
 		unix.Close(w.pidfd)
 		w.pidfd = -1
 	}
+}
+
+// stateFile returns memory that can be handed on like a file (memfd_create(2),
+// from Linux 3.17 on).
+func stateFile() (*os.File, error) {
+	fd, err := unix.MemfdCreate("ecdysis", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("memfd_create", err)
+	}
+	return os.NewFile(uintptr(fd), kindState), nil
 }

@@ -1,0 +1,266 @@
+package ecdysis
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+	"time"
+)
+
+// ListenPacket is ListenPacketWith with the zero ListenConfig.
+func (u *Upgrader) ListenPacket(network, address string) (net.PacketConn, error) {
+	return u.ListenPacketWith(ListenConfig{}, network, address)
+}
+
+// ListenPacketWith returns a socket for packets that is bound to the address:
+// the inherited one if the older process hands it on, found as ListenWith
+// finds a listener, otherwise a new one. It is a *UDPConn for the networks
+// "udp", "udp4" and "udp6", and a *UnixgramConn for "unixgram". Addresses are
+// as for net.ListenPacket, save that one of a group is bound as it stands: to
+// share its port with others is for ListenConfig.Control. A Unix socket's
+// file is replaced if no process reads from it any more.
+//
+// Reading waits until Ready has succeeded, and while an upgrade is being
+// handed over: each packet is read by one process. Writing never waits. When
+// this process is stopped or replaced, reading fails with net.ErrClosed, and
+// the socket stays open for the answers that are still to be written: the
+// caller closes it.
+//
+// Close withdraws the socket from what is handed on, and removes its file, as
+// Close of a listener does. The errors are those of ListenWith.
+func (u *Upgrader) ListenPacketWith(lc ListenConfig, network, address string) (net.PacketConn, error) {
+	s, err := u.obtain(lc, kindPacket, network, address)
+	if err != nil {
+		return nil, err
+	}
+	return s.(*packetConn).public(), nil
+}
+
+// netPacketConn is what *net.UDPConn and *net.UnixConn have in common.
+type netPacketConn interface {
+	net.Conn
+	net.PacketConn
+	syscall.Conn
+}
+
+// A packetConn is a socket for packets whose read side can be quieted and
+// resumed.
+type packetConn struct {
+	gate
+	c netPacketConn
+}
+
+// newPacketConn takes e's descriptor into net's hands, or closes it. Its read
+// side is quiet.
+func newPacketConn(u *Upgrader, e *entry) (*packetConn, error) {
+	f := os.NewFile(uintptr(e.fd), "")
+	e.fd = -1
+	c, err := net.FilePacketConn(f)
+	f.Close() // net has made a copy of its own
+	if err != nil {
+		return nil, err
+	}
+	pc, ok := c.(netPacketConn)
+	if !ok {
+		c.Close()
+		return nil, net.UnknownNetworkError(c.LocalAddr().Network())
+	}
+	raw, err := pc.SyscallConn()
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	p := &packetConn{gate: gate{u: u, e: e, raw: raw}, c: pc}
+	p.side = p
+	p.epoch.Store(1)
+	return p, nil
+}
+
+// public returns p as its callers know it.
+func (p *packetConn) public() net.PacketConn {
+	if c, ok := p.c.(*net.UDPConn); ok {
+		return &UDPConn{c, p}
+	}
+	return &UnixgramConn{p.c.(*net.UnixConn), p}
+}
+
+func (p *packetConn) socketDeadline(t time.Time) error { return p.c.SetReadDeadline(t) }
+
+// drain reads, to take nothing, because the time for it has passed: the call
+// gets the read lock after every read in flight.
+func (p *packetConn) drain() { _ = p.raw.Read(func(uintptr) bool { return true }) }
+
+// shut ends reading. The socket is the caller's, who may have to answer.
+func (p *packetConn) shut() { p.leave() }
+
+// read makes a call that reads.
+func (p *packetConn) read(f func() error) error {
+	err := p.pass(f)
+	if err == net.ErrClosed || err == os.ErrDeadlineExceeded { // the gate's own
+		err = p.opError("read", err)
+	}
+	return err
+}
+
+func (p *packetConn) opError(op string, err error) error {
+	a := p.c.LocalAddr()
+	return &net.OpError{Op: op, Net: a.Network(), Source: a, Err: err}
+}
+
+func (p *packetConn) setReadDeadline(t time.Time) error {
+	err := p.setDeadline(t)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err == net.ErrClosed && !p.closed {
+		return nil // nothing is read any more, and the answers must not fail
+	}
+	if err == net.ErrClosed {
+		return p.opError("set", err)
+	}
+	return err
+}
+
+func (p *packetConn) setBothDeadlines(t time.Time) error {
+	if err := p.c.SetWriteDeadline(t); err != nil {
+		return err
+	}
+	return p.setReadDeadline(t)
+}
+
+func (p *packetConn) closeAll() error {
+	if _, err := p.close(); err != nil {
+		return p.opError("close", err)
+	}
+	return p.c.Close()
+}
+
+func (p *packetConn) readOnly(b []byte) (n int, err error) {
+	err = p.read(func() (err error) { n, err = p.c.Read(b); return err })
+	return n, err
+}
+
+func (p *packetConn) readFrom(b []byte) (n int, a net.Addr, err error) {
+	err = p.read(func() (err error) { n, a, err = p.c.ReadFrom(b); return err })
+	return n, a, err
+}
+
+// A packetRaw is the RawConn of a packetConn: what others read through it, as
+// golang.org/x/net does, waits like any other read.
+type packetRaw struct {
+	syscall.RawConn
+	p *packetConn
+}
+
+func (r packetRaw) Read(f func(fd uintptr) bool) error {
+	return r.p.read(func() error { return r.RawConn.Read(f) })
+}
+
+// A UDPConn is a *net.UDPConn whose reading waits until Ready has succeeded
+// and while an upgrade is being handed over. It is a net.Conn and a
+// net.PacketConn with all the methods of the embedded one, and a program that
+// reads through its SyscallConn waits as well.
+//
+// Code that insists on a *net.UDPConn may take the embedded one after Ready.
+// Its methods do not wait: its reads fail with os.ErrDeadlineExceeded when
+// the upgrade is handed over, and must be tried again should it fail; a
+// deadline for reading must not be set on it.
+type UDPConn struct {
+	*net.UDPConn
+	p *packetConn
+}
+
+// Read is as of the embedded UDPConn, and waits as said there.
+func (c *UDPConn) Read(b []byte) (int, error) { return c.p.readOnly(b) }
+
+// ReadFrom is as of the embedded UDPConn, and waits as said there.
+func (c *UDPConn) ReadFrom(b []byte) (int, net.Addr, error) { return c.p.readFrom(b) }
+
+// ReadFromUDP is as of the embedded UDPConn, and waits as said there.
+func (c *UDPConn) ReadFromUDP(b []byte) (n int, a *net.UDPAddr, err error) {
+	err = c.p.read(func() (err error) { n, a, err = c.UDPConn.ReadFromUDP(b); return err })
+	return n, a, err
+}
+
+// ReadFromUDPAddrPort is as of the embedded UDPConn, and waits as said there.
+func (c *UDPConn) ReadFromUDPAddrPort(b []byte) (n int, a netip.AddrPort, err error) {
+	err = c.p.read(func() (err error) { n, a, err = c.UDPConn.ReadFromUDPAddrPort(b); return err })
+	return n, a, err
+}
+
+// ReadMsgUDP is as of the embedded UDPConn, and waits as said there.
+func (c *UDPConn) ReadMsgUDP(b, oob []byte) (n, oobn, flags int, a *net.UDPAddr, err error) {
+	err = c.p.read(func() (err error) { n, oobn, flags, a, err = c.UDPConn.ReadMsgUDP(b, oob); return err })
+	return n, oobn, flags, a, err
+}
+
+// ReadMsgUDPAddrPort is as of the embedded UDPConn, and waits as said there.
+func (c *UDPConn) ReadMsgUDPAddrPort(b, oob []byte) (n, oobn, flags int, a netip.AddrPort, err error) {
+	err = c.p.read(func() (err error) { n, oobn, flags, a, err = c.UDPConn.ReadMsgUDPAddrPort(b, oob); return err })
+	return n, oobn, flags, a, err
+}
+
+// SetDeadline sets the time at which reading and writing fail with
+// os.ErrDeadlineExceeded; the zero time is none.
+func (c *UDPConn) SetDeadline(t time.Time) error { return c.p.setBothDeadlines(t) }
+
+// SetReadDeadline sets the time at which reading fails with
+// os.ErrDeadlineExceeded; the zero time is none.
+func (c *UDPConn) SetReadDeadline(t time.Time) error { return c.p.setReadDeadline(t) }
+
+// SyscallConn returns a raw connection whose Read waits like c's.
+func (c *UDPConn) SyscallConn() (syscall.RawConn, error) { return packetRaw{c.p.raw, c.p}, nil }
+
+// Close makes reading fail with net.ErrClosed, withdraws the socket from what
+// is handed on, and closes it here.
+func (c *UDPConn) Close() error { return c.p.closeAll() }
+
+// A UnixgramConn is a *net.UnixConn for datagrams whose reading waits until
+// Ready has succeeded and while an upgrade is being handed over. The methods
+// of the embedded one do not wait.
+type UnixgramConn struct {
+	*net.UnixConn
+	p *packetConn
+}
+
+// Read is as of the embedded UnixConn, and waits as said there.
+func (c *UnixgramConn) Read(b []byte) (int, error) { return c.p.readOnly(b) }
+
+// ReadFrom is as of the embedded UnixConn, and waits as said there.
+func (c *UnixgramConn) ReadFrom(b []byte) (int, net.Addr, error) { return c.p.readFrom(b) }
+
+// ReadFromUnix is as of the embedded UnixConn, and waits as said there.
+func (c *UnixgramConn) ReadFromUnix(b []byte) (n int, a *net.UnixAddr, err error) {
+	err = c.p.read(func() (err error) { n, a, err = c.UnixConn.ReadFromUnix(b); return err })
+	return n, a, err
+}
+
+// ReadMsgUnix is as of the embedded UnixConn, and waits as said there.
+func (c *UnixgramConn) ReadMsgUnix(b, oob []byte) (n, oobn, flags int, a *net.UnixAddr, err error) {
+	err = c.p.read(func() (err error) { n, oobn, flags, a, err = c.UnixConn.ReadMsgUnix(b, oob); return err })
+	return n, oobn, flags, a, err
+}
+
+// SetDeadline sets the time at which reading and writing fail with
+// os.ErrDeadlineExceeded; the zero time is none.
+func (c *UnixgramConn) SetDeadline(t time.Time) error { return c.p.setBothDeadlines(t) }
+
+// SetReadDeadline sets the time at which reading fails with
+// os.ErrDeadlineExceeded; the zero time is none.
+func (c *UnixgramConn) SetReadDeadline(t time.Time) error { return c.p.setReadDeadline(t) }
+
+// SyscallConn returns a raw connection whose Read waits like c's.
+func (c *UnixgramConn) SyscallConn() (syscall.RawConn, error) { return packetRaw{c.p.raw, c.p}, nil }
+
+// Close makes reading fail with net.ErrClosed, withdraws the socket from what
+// is handed on, removes its file if this process owns it, and closes it here.
+func (c *UnixgramConn) Close() error { return c.p.closeAll() }
+
+var (
+	_ net.Conn       = (*UDPConn)(nil)
+	_ net.PacketConn = (*UDPConn)(nil)
+	_ syscall.Conn   = (*UDPConn)(nil)
+	_ net.Conn       = (*UnixgramConn)(nil)
+	_ net.PacketConn = (*UnixgramConn)(nil)
+	_ syscall.Conn   = (*UnixgramConn)(nil)
+)

@@ -1,0 +1,95 @@
+//go:build darwin || dragonfly || freebsd || netbsd || openbsd
+
+package ecdysis
+
+import (
+	"io"
+	"os"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// On the BSDs the end of a packet is a mark that the sender sets (MSG_EOR),
+// and an empty packet looks like the end of the connection. macOS has no such
+// sockets; there this is only compiled.
+
+// A packetIn is a packet on its way in. It is received into the caller's buffer
+// and a byte more: a packet that reaches that byte did not fit.
+type packetIn struct {
+	b     []byte
+	spare [1]byte
+	n     int
+	err   error
+}
+
+func (p *packetIn) begin(b []byte) { p.b, p.n, p.err = b, 0, nil }
+
+// receive reports whether there is a result.
+func (p *packetIn) receive(fd int) bool {
+	n, flags, err := recvBuffers(fd, [][]byte{p.b, p.spare[:]})
+	switch {
+	case err == unix.EAGAIN:
+		return false
+	case err != nil:
+		p.err = os.NewSyscallError("recvmsg", err)
+	case n == 0:
+		p.err = io.EOF
+	case n > len(p.b):
+		p.n, p.err = len(p.b), tooLong(len(p.b))
+		if runtime.GOOS == "freebsd" && flags&(unix.MSG_EOR|unix.MSG_TRUNC) == 0 {
+			drainPacket(fd)
+		}
+	default:
+		p.n = n
+		if flags&unix.MSG_TRUNC != 0 {
+			p.err = tooLong(len(p.b))
+		}
+	}
+	return true
+}
+
+func (p *packetIn) end() (int, error) {
+	p.b = nil
+	return p.n, p.err
+}
+
+// drainPacket takes what is left of a packet: from FreeBSD 15 on the rest stays
+// in the socket, up to the mark.
+func drainPacket(fd int) {
+	b := make([]byte, 4<<10)
+	for {
+		n, flags, err := recvBuffers(fd, [][]byte{b})
+		if err != nil || n == 0 || flags&unix.MSG_EOR != 0 {
+			return
+		}
+	}
+}
+
+func recvBuffers(fd int, bufs [][]byte) (n, flags int, err error) {
+	for {
+		n, _, flags, _, err = unix.RecvmsgBuffers(fd, bufs, nil, 0)
+		if err != unix.EINTR {
+			return n, flags, err
+		}
+	}
+}
+
+// transmit reports whether there is a result. From FreeBSD 15 on a packet may
+// go in parts, of which the last has the mark.
+func (p *packetOut) transmit(fd int) bool {
+	for p.n < len(p.b) {
+		n, err := unix.SendmsgN(fd, p.b[p.n:], nil, nil, unix.MSG_EOR)
+		switch err {
+		case nil:
+			p.n += n
+		case unix.EINTR:
+		case unix.EAGAIN, unix.ENOBUFS:
+			return false
+		default:
+			p.err = os.NewSyscallError("sendmsg", err)
+			return true
+		}
+	}
+	return true
+}
