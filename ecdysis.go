@@ -20,6 +20,9 @@
 //   - Once it has, Exit is closed, Accept fails with net.ErrClosed, and the
 //     program ends as soon as its last client is served.
 //
+// Sockets for packets (ListenPacket), connections (AddConn), files (AddFile)
+// and what is in memory (Options.SendState) are handed on likewise.
+//
 // Two generations never accept at once. If the old process dies during an
 // upgrade, the new one completes its start and serves. If the new one dies
 // within [Options.Probation], the old one takes the sockets back.

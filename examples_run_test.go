@@ -16,11 +16,26 @@ import (
 )
 
 func init() {
-	roles["example"] = func() {
-		address = "127.0.0.1:0"
-		Example()
+	for name, example := range map[string]func(){
+		"":              Example,
+		" packet":       ExampleUpgrader_ListenPacket,
+		" seqpacket":    ExampleUpgrader_ListenSeqpacket,
+		" conn":         ExampleUpgrader_AddConn,
+		" file":         ExampleUpgrader_AddFile,
+		" listener":     ExampleUpgrader_Listener,
+		" pair":         ExampleUpgrader_DatagramPair,
+		" state":        ExampleUpgrader_State,
+		" unregistered": ExampleUpgrader_Unregistered,
+	} {
+		roles["example"+name] = func() {
+			address, exampleDir = "127.0.0.1:0", os.Getenv(exampleDirVar)
+			example()
+		}
 	}
 }
+
+// exampleDirVar names the directory in which an example has its files.
+const exampleDirVar = "ECDYSIS_TEST_EXAMPLE_DIR"
 
 // An exampleRun is the example and its successors, which share one standard
 // error.
@@ -28,16 +43,17 @@ type exampleRun struct {
 	t     *testing.T
 	cmd   *exec.Cmd
 	path  string      // a link to the program
+	dir   string      // for its files
 	lines chan string // of the log; closed when all of them have ended
 }
 
-func runExample(t *testing.T) *exampleRun {
+func runExample(t *testing.T, name string) *exampleRun {
 	t.Helper()
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &exampleRun{t: t, path: filepath.Join(t.TempDir(), "daemon"), lines: make(chan string, 1000)}
+	e := &exampleRun{t: t, path: filepath.Join(t.TempDir(), "daemon"), dir: shortDir(t), lines: make(chan string, 1000)}
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -46,7 +62,7 @@ func runExample(t *testing.T) *exampleRun {
 		t.Fatal(err)
 	}
 	e.cmd = exec.Command(e.path, "-test.run=^$")
-	e.cmd.Env = append(os.Environ(), roleVar+"=example")
+	e.cmd.Env = append(os.Environ(), roleVar+"=example"+name, exampleDirVar+"="+e.dir)
 	e.cmd.Stderr = w
 	if err := e.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -152,7 +168,7 @@ func (e *exampleRun) stop(p *os.Process, client net.Conn) {
 // The package example, run as it stands: SIGHUP replaces it, SIGTERM stops it.
 func TestExample(t *testing.T) {
 	t.Parallel()
-	e := runExample(t)
+	e := runExample(t, "")
 	addr := e.await(`listening on (\S+)`)
 	first := e.ready(0)
 	held := e.dial(addr)
@@ -181,7 +197,7 @@ func TestExample(t *testing.T) {
 // Stopped by SIGTERM, the package example exits with status 0.
 func TestExampleStop(t *testing.T) {
 	t.Parallel()
-	e := runExample(t)
+	e := runExample(t, "")
 	addr := e.await(`listening on (\S+)`)
 	e.stop(e.ready(0), e.dial(addr))
 	if err := e.cmd.Wait(); err != nil {
@@ -207,4 +223,175 @@ func TestReadme(t *testing.T) {
 	if program != want {
 		t.Errorf("the README's first Go program is not example_test.go with main for Example; it is:\n%s\nwant:\n%s", program, want)
 	}
+}
+
+// upgrade replaces p and returns its successor. It waits until p says so: a
+// successor that is stopped before has not taken over.
+func (e *exampleRun) upgrade(p *os.Process, generation int) *os.Process {
+	e.t.Helper()
+	e.signal(p, syscall.SIGHUP)
+	s := e.ready(generation)
+	e.await(`(upgraded) by signal`)
+	return s
+}
+
+func TestExampleListenPacket(t *testing.T) {
+	t.Parallel()
+	e := runExample(t, " packet")
+	addr := e.await(`listening on (\S+)`)
+	p := e.ready(0)
+	c, err := net.Dial("udp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for g := 1; g < 4; g++ {
+		e.echo(c, "over UDP")
+		p = e.upgrade(p, g)
+	}
+	e.echo(c, "over UDP, at last")
+}
+
+func TestExampleListenSeqpacket(t *testing.T) {
+	t.Parallel()
+	e := runExample(t, " seqpacket")
+	e.await(`listening on (\S+)`)
+	p := e.ready(0)
+	dial := func() net.Conn {
+		c, err := net.Dial("unixpacket", filepath.Join(e.dir, "packets.sock"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	held := dial()
+	defer held.Close()
+	e.echo(held, "first")
+	e.upgrade(p, 1)
+	late := dial()
+	defer late.Close()
+	e.echo(held, "the old process finishes")
+	e.echo(late, "the new process begins")
+}
+
+// A subscriber stays connected over three upgrades and one that fails.
+func TestExampleAddConn(t *testing.T) {
+	t.Parallel()
+	e := runExample(t, " conn")
+	addr := e.await(`listening on (\S+)`)
+	p := e.ready(0)
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(c)
+	line := func(want string) {
+		t.Helper()
+		got, err := r.ReadString('\n')
+		if err != nil || got != want+"\n" {
+			t.Fatalf("%q, %v; want %q", got, err, want)
+		}
+	}
+	line("welcome")
+	p = e.upgrade(p, 1)
+	line("generation 1")
+	self, err := os.Readlink(e.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(e.path); err != nil {
+		t.Fatal(err)
+	}
+	e.signal(p, syscall.SIGHUP)
+	e.await(`(upgrade failed) by signal`)
+	if err := os.Symlink(self, e.path); err != nil {
+		t.Fatal(err)
+	}
+	p = e.upgrade(p, 2)
+	line("generation 2")
+	p = e.upgrade(p, 3)
+	line("generation 3")
+	if err := p.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := r.ReadString('\n'); err == nil {
+		t.Fatalf("%q from nobody", got)
+	}
+}
+
+// The lock is held at every moment, also between two processes.
+func TestExampleAddFile(t *testing.T) {
+	t.Parallel()
+	e := runExample(t, " file")
+	p := e.ready(0)
+	f, err := os.Open(filepath.Join(e.dir, "lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	locked := func() bool { return syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB) != nil }
+	for g := 1; g < 4; g++ {
+		old := p
+		p = e.upgrade(p, g)
+		for range 100 {
+			if !locked() {
+				t.Fatalf("not locked after upgrade %d", g)
+			}
+		}
+		e.t.Logf("process %d gave the lock to %d", old.Pid, p.Pid)
+	}
+	e.signal(p, syscall.SIGTERM)
+	for range e.lines { // until it has ended
+	}
+	if locked() {
+		t.Fatal("still locked after the end")
+	}
+}
+
+func TestExampleListener(t *testing.T) {
+	t.Parallel()
+	e := runExample(t, " listener")
+	addr := e.await(`listening on (\S+)`)
+	p := e.ready(0)
+	held := e.dial(addr)
+	p = e.upgrade(p, 1)
+	e.echo(held, "the old process finishes\n")
+	e.upgrade(p, 2)
+	e.dial(addr)
+}
+
+func TestExampleDatagramPair(t *testing.T) {
+	t.Parallel()
+	e := runExample(t, " pair")
+	p := e.ready(0)
+	for g := range 3 {
+		e.signal(p, syscall.SIGHUP)
+		e.await(`(generation ` + strconv.Itoa(g) + `) was asked "who are you\?"`)
+		p = e.ready(g + 1)
+		e.await(`(upgraded) by signal`)
+	}
+}
+
+func TestExampleState(t *testing.T) {
+	t.Parallel()
+	e := runExample(t, " state")
+	e.await(`(upgrades so far: 0)`)
+	p := e.ready(0)
+	for g := range 3 {
+		e.signal(p, syscall.SIGHUP)
+		e.await(`(upgrades so far: ` + strconv.Itoa(g+1) + `)$`)
+		p = e.ready(g + 1)
+		e.await(`(upgraded) by signal`)
+	}
+}
+
+func TestExampleUnregistered(t *testing.T) {
+	t.Parallel()
+	e := runExample(t, " unregistered")
+	e.await(`not handed on: (tcp 127\.0\.0\.1:\d+ \(descriptor \d+\))`)
+	e.ready(0)
 }
