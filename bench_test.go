@@ -369,3 +369,54 @@ func BenchmarkSize(b *testing.B) {
 	b.ReportMetric(plain/1e3, "plain-kB")
 	b.ReportMetric((with-plain)/1e3, "added-kB")
 }
+
+// BenchmarkSeqpacket compares a packet's way there and back over a
+// *SeqpacketConn with that over net's connection. One goroutine has both ends,
+// so that no call waits: it measures the calls alone.
+func BenchmarkSeqpacket(b *testing.B) {
+	for _, size := range []int{64, 4096} {
+		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
+			near, far := seqpacketPair(b)
+			netNear, netFar := socketPair(b, syscall.SOCK_SEQPACKET)
+			conns := [2][2]net.Conn{{near, far}, {netNear, netFar}}
+			const batch = 1000
+			msg, buf := patternOf(size, 0), make([]byte, size)
+			pingPong := func(c [2]net.Conn) time.Duration {
+				start := time.Now()
+				for range batch {
+					for i := range c {
+						if _, err := c[i].Write(msg); err != nil {
+							b.Fatal(err)
+						}
+						if n, err := c[1-i].Read(buf); n != size || err != nil {
+							b.Fatal(n, err)
+						}
+					}
+				}
+				return time.Since(start)
+			}
+			var allocs [2]float64
+			for i, c := range conns {
+				allocs[i] = testing.AllocsPerRun(2, func() { pingPong(c) }) / (2 * batch)
+			}
+			var took [2][]time.Duration
+			for i := 0; b.Loop(); i++ {
+				for j := range conns {
+					j = (j + i) % 2
+					took[j] = append(took[j], pingPong(conns[j]))
+				}
+			}
+			var ns [2]float64 // for a packet's Write and Read
+			for j := range took {
+				slices.Sort(took[j])
+				ns[j] = float64(took[j][len(took[j])/2].Nanoseconds()) / (2 * batch)
+			}
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(ns[1], "net-ns")
+			b.ReportMetric(ns[0], "seqpacket-ns")
+			b.ReportMetric(ns[0]/ns[1], "×net")
+			b.ReportMetric(allocs[0], "allocs/packet")
+			b.ReportMetric(allocs[1], "net-allocs/packet")
+		})
+	}
+}

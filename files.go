@@ -74,7 +74,7 @@ func (u *Upgrader) addCopy(what, kind, name string, c syscall.Conn) error {
 	}
 	e := &entry{kind: kind, name: name, fd: -1}
 	if cerr := raw.Control(func(fd uintptr) { e.fd, err = duplicate(int(fd)) }); cerr != nil {
-		return fail(cerr)
+		return fail(closedError(c, cerr))
 	}
 	if err != nil {
 		return fail(err)
@@ -96,6 +96,15 @@ func (u *Upgrader) addCopy(what, kind, name string, c syscall.Conn) error {
 		u.reg.adopted = append(u.reg.adopted, e)
 	}
 	return nil
+}
+
+// closedError returns the error of a Control that has failed: there is one
+// reason for that, which os does not give its name here.
+func closedError(c syscall.Conn, err error) error {
+	if _, ok := c.(*os.File); ok {
+		return os.ErrClosed
+	}
+	return err
 }
 
 func checkName(name string) error {
@@ -161,6 +170,10 @@ func (e *entry) recognize() {
 			if e.path, err = absolute(sa.Name); err != nil {
 				return
 			}
+			var st unix.Stat_t
+			if unix.Stat(e.path, &st) == nil {
+				e.dev, e.ino = uint64(st.Dev), uint64(st.Ino)
+			}
 		}
 	case *unix.SockaddrInet4:
 		if sa.Port == 0 {
@@ -171,7 +184,7 @@ func (e *entry) recognize() {
 			return
 		}
 	}
-	e.kind, e.at = kind, at
+	e.kind, e.at, e.foreign = kind, at, true
 	e.network, e.address, _ = strings.Cut(at, " ")
 }
 
@@ -369,7 +382,7 @@ func (u *Upgrader) Unregistered() ([]string, error) {
 	}
 	var names []string
 	for _, e := range list {
-		names = append(names, e.label()+" (descriptor "+strconv.Itoa(e.fd)+")")
+		names = append(names, e.where())
 	}
 	return names, nil
 }
@@ -457,32 +470,37 @@ func (a *attempt) blame(err error) error {
 		return err
 	}
 	list, lerr := a.u.unregistered()
-	if lerr != nil || len(list) == 0 {
+	if lerr != nil {
 		return err
 	}
-	if same := slices.DeleteFunc(slices.Clone(list), func(e *entry) bool { return !inTheWay(e.address, said.address) }); len(same) > 0 {
-		list = same
+	cause := "perhaps because of"
+	if said.address != "" {
+		cause = "the cause is"
+		list = slices.DeleteFunc(list, func(e *entry) bool { return !said.meets(e) })
+	}
+	if len(list) == 0 {
+		return err
 	}
 	var names []string
 	for _, e := range list {
-		names = append(names, e.label()+" (descriptor "+strconv.Itoa(e.fd)+")")
-	}
-	cause := "the cause is"
-	if !ok {
-		cause = "perhaps because of"
+		names = append(names, e.where())
 	}
 	return fmt.Errorf("%w; %s what this process has bound and does not hand on: %s", err, cause, strings.Join(names, ", "))
 }
 
-// inTheWay reports whether a socket bound to one address can keep one from
-// being bound to the other.
-func inTheWay(bound, wanted string) bool {
-	if bound == wanted {
-		return true
+// where names a socket by its address and descriptor.
+func (e *entry) where() string { return e.label() + " (descriptor " + strconv.Itoa(e.fd) + ")" }
+
+// meets reports whether a socket can have been in the way of the address that
+// a successor has found in use.
+func (s successorError) meets(e *entry) bool {
+	_, isUnix := socketType(e.network)
+	if isUnix {
+		return strings.HasPrefix(s.network, "unix") && e.address == s.address
 	}
-	_, port1, err1 := net.SplitHostPort(bound)
-	_, port2, err2 := net.SplitHostPort(wanted)
-	return err1 == nil && err2 == nil && port1 == port2
+	_, port1, err1 := net.SplitHostPort(e.address)
+	_, port2, err2 := net.SplitHostPort(s.address)
+	return e.network[:3] == s.network[:min(3, len(s.network))] && err1 == nil && err2 == nil && port1 == port2
 }
 
 // ReadFiles reads from a Unix connection of any kind into b, and returns the
@@ -493,25 +511,34 @@ func inTheWay(bound, wanted string) bool {
 // If the system had to cut the descriptors (the process has as many open as it
 // may), those that came are closed and the error is EMFILE; if a packet was
 // longer than b, they are closed and the error is EMSGSIZE. See recvmsg(2) and
-// unix(7). A plain Read of such a connection drops descriptors.
+// unix(7). A plain Read of such a connection drops descriptors. If b is empty,
+// ReadFiles returns at once and takes nothing.
 //
 // c is a *net.UnixConn, a *SeqpacketConn or a *UnixgramConn.
 func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 	fail := func(err error) (int, []*os.File, error) {
 		return 0, nil, fmt.Errorf("ecdysis: read files: %w", err)
 	}
+	if len(b) == 0 {
+		return 0, nil, nil
+	}
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return fail(err)
 	}
 	oob := make([]byte, unix.CmsgSpace(4*maxFDs)+senderSpace)
-	var oobn, flags, typ int
+	var oobn, flags int
+	end := false
 	rerr := raw.Read(func(fd uintptr) bool {
-		if n, oobn, flags, err = recvmsg(int(fd), b, oob); err == unix.EAGAIN {
-			return false
+		n, oobn, flags, err = recvmsg(int(fd), b, oob)
+		if err == unix.ECONNRESET { // told once, and before what the peer has sent
+			n, oobn, flags, err = recvmsg(int(fd), b, oob)
 		}
-		typ, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE)
-		return true
+		if err == nil && n == 0 && oobn == 0 {
+			typ, _ := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE)
+			end = typ == unix.SOCK_STREAM || typ == unix.SOCK_SEQPACKET && atEnd(int(fd))
+		}
+		return err != unix.EAGAIN
 	})
 	if rerr != nil {
 		return fail(rerr)
@@ -526,7 +553,7 @@ func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 		err = fmt.Errorf("%w: the system delivered fewer descriptors than were sent (see RLIMIT_NOFILE)", os.NewSyscallError("recvmsg", unix.EMFILE))
 	case flags&unix.MSG_TRUNC != 0:
 		err = tooLong(len(b))
-	case n == 0 && len(fds) == 0 && len(b) > 0 && typ != unix.SOCK_DGRAM:
+	case end:
 		return 0, nil, io.EOF
 	}
 	if err != nil {
@@ -613,7 +640,7 @@ func withDescriptors(files []*os.File, fds []int, f func([]int) error) error {
 	}
 	cerr := raw.Control(func(fd uintptr) { err = withDescriptors(files[1:], append(fds, int(fd)), f) })
 	if cerr != nil {
-		return cerr
+		return closedError(files[0], cerr)
 	}
 	return err
 }

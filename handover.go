@@ -36,7 +36,7 @@ const (
 	frameEnd     = 'E' // old to new: that was all
 	frameAck     = 'K' // new to old: a batch has arrived
 	frameReady   = 'R' // new to old: pid, unclaimed
-	frameFail    = 'F' // new to old: reason, inuse, address
+	frameFail    = 'F' // new to old: reason, inuse, network, address
 	frameCommit  = 'C' // old to new: probation
 	frameAbort   = 'A' // old to new: go away
 	frameDone    = 'D' // new to old: I serve
@@ -485,7 +485,7 @@ func (s *stream) sendFail(reason error) {
 		r = append(r, "inuse=1")
 		for err := reason; err != nil; err = errors.Unwrap(err) {
 			if oe, ok := err.(*net.OpError); ok && oe.Addr != nil {
-				r = append(r, "address="+oe.Addr.String())
+				r = append(r, "network="+oe.Net, "address="+oe.Addr.String())
 			}
 		}
 	}
@@ -627,6 +627,9 @@ func (e *entry) record() record {
 		add("dev", strconv.FormatUint(e.dev, 10))
 		add("ino", strconv.FormatUint(e.ino, 10))
 	}
+	if e.foreign {
+		add("foreign", "1")
+	}
 	if e.kind == kindState {
 		add("size", strconv.FormatInt(e.size, 10))
 	}
@@ -636,7 +639,7 @@ func (e *entry) record() record {
 // inheritedEntry checks a descriptor against what is said of it. One of a kind
 // that a later version knows is there for nobody to ask for.
 func inheritedEntry(r record, fd int) (*entry, error) {
-	e := &entry{inherited: true, fd: fd, kind: r.get("kind"), name: r.get("name"), network: r.get("network"), address: r.get("address"), at: r.get("at"), keep: r.get("keep") == "1", path: r.get("path")}
+	e := &entry{inherited: true, fd: fd, kind: r.get("kind"), name: r.get("name"), network: r.get("network"), address: r.get("address"), at: r.get("at"), keep: r.get("keep") == "1", foreign: r.get("foreign") == "1", path: r.get("path")}
 	wrong := func(format string, args ...any) (*entry, error) {
 		return nil, fmt.Errorf("inherited descriptor for %s: %s", e.label(), fmt.Sprintf(format, args...))
 	}
@@ -1075,6 +1078,9 @@ func (a *attempt) handOn(deadline time.Time) error {
 			if a.child.exited(5 * time.Millisecond) {
 				return io.ErrUnexpectedEOF
 			}
+			if a.u.mustStop() {
+				return ErrStopped
+			}
 			if time.Now().After(deadline) {
 				return fmt.Errorf("%w: too many descriptors are in flight between processes of this user (see RLIMIT_NOFILE)", os.ErrDeadlineExceeded)
 			}
@@ -1131,15 +1137,15 @@ func (a *attempt) awaitReady(deadline time.Time) error {
 
 // A successorError is the reason that a successor gave.
 type successorError struct {
-	reason  string
-	inUse   bool   // it is that an address is in use
-	address string // this one; "": it did not say
+	reason           string
+	inUse            bool   // it is that an address is in use
+	network, address string // this one; "": it did not say
 }
 
 func (e successorError) Error() string { return "it says: " + e.reason }
 
 func failReason(f frame) error {
-	return successorError{f.first("reason"), f.first("inuse") == "1", f.first("address")}
+	return successorError{f.first("reason"), f.first("inuse") == "1", f.first("network"), f.first("address")}
 }
 
 // hasSaid reports whether err is the reason that a successor gave.

@@ -40,7 +40,8 @@ type entry struct {
 	at               string // boundKey of its address
 	keep             bool   // ListenConfig.KeepOnStop
 	path             string // absolute, of a Unix socket's file; "": none
-	dev, ino         uint64 // of that file when it was bound; 0: not this package's to remove
+	dev, ino         uint64 // of that file when it was bound
+	foreign          bool   // made elsewhere: its file is not the package's to remove
 	size             int64  // of a state
 	inherited        bool   // not made by this process
 
@@ -115,7 +116,7 @@ func (e *entry) drop() {
 // bound.
 func (e *entry) removeFile() {
 	var st unix.Stat_t
-	if e.path == "" || unix.Lstat(e.path, &st) != nil {
+	if e.path == "" || e.foreign || unix.Lstat(e.path, &st) != nil {
 		return
 	}
 	if uint64(st.Dev) == e.dev && uint64(st.Ino) == e.ino {
@@ -210,7 +211,7 @@ func (r *registry) claimPlace(p *place) *entry {
 			return e
 		}
 	}
-	return nil
+	return r.claimAdopted(sameFile)
 }
 
 // claimName takes the first thing of this kind and name.

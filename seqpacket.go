@@ -112,7 +112,8 @@ func newSeqpacketConn(c *net.UnixConn) (*SeqpacketConn, error) {
 // Recv receives one packet into b and returns its length. A packet longer than
 // b fills b, what does not fit is lost, and the error is EMSGSIZE and says so.
 // At the end, when the peer has closed its side and every packet was received,
-// Recv returns io.EOF. Descriptors that come with a packet are closed; see
+// Recv returns io.EOF, whether or not the peer has received all that was sent
+// to it: that Send fails is another matter. Descriptors that come with a packet are closed; see
 // [ReadFiles]. If b is empty, Recv returns at once and takes nothing.
 //
 // A packet without a byte is received as such on Linux, unless the peer has

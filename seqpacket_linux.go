@@ -31,6 +31,10 @@ func (p *packetIn) receive(fd int) bool {
 		switch {
 		case p.err == unix.EINTR:
 			continue
+		case p.err == unix.ECONNRESET:
+			// The peer has closed without receiving everything. The system
+			// says so once, and before what the peer has sent.
+			continue
 		case p.err == unix.EAGAIN:
 			return false
 		case p.err != nil:

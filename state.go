@@ -104,11 +104,12 @@ func writeState(write func(io.Writer) error) (*os.File, *entry, error) {
 		}
 	}()
 	w := &stateWriter{f: f}
-	if err := write(w); err != nil {
-		return nil, nil, err
+	err = write(w)
+	if werr := w.end(); err == nil {
+		err = werr // and the program did not say so
 	}
-	if w.err != nil { // and the program did not say so
-		return nil, nil, w.err
+	if err != nil {
+		return nil, nil, err
 	}
 	size, err := f.Seek(0, io.SeekCurrent)
 	if err == nil {
@@ -121,14 +122,26 @@ func writeState(write func(io.Writer) error) (*os.File, *entry, error) {
 	return f, &entry{kind: kindState, size: size, fd: int(f.Fd())}, nil
 }
 
-// A stateWriter is all that SendState may do to the file. It keeps the first
-// error: a state that lacks a part is none.
+// A stateWriter is all that SendState may do to the file, and only until it
+// returns. It keeps the first error: a state that lacks a part is none.
 type stateWriter struct {
+	mu  sync.Mutex
 	f   *os.File
 	err error
 }
 
+// end makes every later Write fail, and returns the first error so far.
+func (w *stateWriter) end() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	err := w.err
+	w.err = fmt.Errorf("ecdysis: SendState has returned: %w", os.ErrClosed)
+	return err
+}
+
 func (w *stateWriter) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if w.err != nil {
 		return 0, w.err
 	}

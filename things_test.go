@@ -1,0 +1,444 @@
+package ecdysis_test
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/ecdysis-go/ecdysis"
+	"golang.org/x/sys/unix"
+)
+
+// What a daemon of these tests holds has a key there, by which the test's
+// commands name it.
+var things = struct {
+	sync.Mutex
+	m map[string]any
+}{m: make(map[string]any)}
+
+func thing[T any](key string) T {
+	things.Lock()
+	defer things.Unlock()
+	x, ok := things.m[key].(T)
+	if !ok {
+		panic(fmt.Sprintf("%q is a %T", key, things.m[key]))
+	}
+	return x
+}
+
+func setThing(key string, x any) {
+	things.Lock()
+	defer things.Unlock()
+	things.m[key] = x
+}
+
+// onThing calls f with a thing's descriptor.
+func onThing(key string, f func(fd int)) error {
+	raw, err := thing[syscall.Conn](key).SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Control(func(fd uintptr) { f(int(fd)) })
+}
+
+// keep stores what a call has returned, and says of what type it is; "nil":
+// the interface or pointer that it returned is nil.
+func keep[T comparable](key string, x T, err error) ([]string, error) {
+	var none T
+	if err != nil || x == none {
+		return []string{"nil"}, err
+	}
+	setThing(key, x)
+	return []string{fmt.Sprintf("%T", x)}, nil
+}
+
+// thing gives p a command that must succeed, and returns its answer.
+func (p *proc) thing(verb string, args ...string) []string {
+	p.t.Helper()
+	m := p.call("thing "+verb, args...)
+	if m.Err != nil {
+		p.t.Fatalf("process %d: %s %q: %+v", p.pid, verb, args, m.Err)
+	}
+	return m.Text
+}
+
+// noThing gives p a command that must fail with an error that is this one, and
+// says all of that.
+func (p *proc) noThing(is string, says []string, verb string, args ...string) {
+	p.t.Helper()
+	m := p.call("thing "+verb, args...)
+	if m.Err == nil || is != "" && !slices.Contains(m.Err.Is, is) {
+		p.t.Errorf("%s %.100q: %+v; want an error that is %q", verb, args, m.Err, is)
+		return
+	}
+	for _, s := range says {
+		if !strings.Contains(m.Err.Text, s) {
+			p.t.Errorf("%s %.100q: %v; want that it says %q", verb, args, m.Err.Text, s)
+		}
+	}
+}
+
+// gives asserts what a command answers.
+func (p *proc) gives(want, verb string, args ...string) {
+	p.t.Helper()
+	if got := strings.Join(p.thing(verb, args...), "|"); got != want {
+		p.t.Fatalf("process %d: %s %q: %q; want %q", p.pid, verb, args, got, want)
+	}
+}
+
+// holding is a daemon that waits after New for what the test wants of it.
+func holding() spec {
+	return spec{NoAccept: true, Do: map[string]string{"new": "hold"}}
+}
+
+// succeed upgrades p to a process that does f between New and Ready.
+func (p *proc) succeed(f func(s *proc)) *proc {
+	p.t.Helper()
+	answer := p.begin(command{Verb: "upgrade"})
+	s := p.h.proc()
+	s.at("new")
+	f(s)
+	s.resume()
+	if m := answer(); m.Err != nil {
+		p.t.Fatalf("upgrade: %+v", m.Err)
+	}
+	s.at("serving")
+	return s
+}
+
+// perish upgrades p to a process that does f after New and is killed then.
+func (p *proc) perish(f func(s *proc)) {
+	p.t.Helper()
+	answer := p.begin(command{Verb: "upgrade"})
+	s := p.h.proc()
+	s.at("new")
+	f(s)
+	s.kill()
+	checkErr(p.t, answer().Err, "init", "unexpected EOF")
+}
+
+// unclaimed asserts what p has named so.
+func (p *proc) unclaimed(want ...string) {
+	p.t.Helper()
+	if got := p.event(ecdysis.EventReady, 0).Unclaimed; !slices.Equal(got, want) {
+		p.t.Errorf("unclaimed: %q; want %q", got, want)
+	}
+}
+
+func init() {
+	knownErrors["os.ErrClosed"] = os.ErrClosed
+	knownErrors["EOF"] = io.EOF
+	knownErrors["ECONNREFUSED"] = syscall.ECONNREFUSED
+	knownErrors["EFBIG"] = syscall.EFBIG
+	for name, f := range thingVerbs {
+		verbs["thing "+name] = func(d *daemon, c command) message {
+			text, err := f(d, c.Args)
+			return message{Text: text, Err: toErrMsg(err)}
+		}
+	}
+}
+
+type notSocket struct {
+	net.Conn
+	f *os.File
+}
+
+func (c notSocket) SyscallConn() (syscall.RawConn, error) { return c.f.SyscallConn() }
+func (c notSocket) Close() error                          { return c.f.Close() }
+
+var thingVerbs = map[string]func(d *daemon, a []string) ([]string, error){
+	// How things come about, behind the package's back: the key comes first.
+	"dial": func(d *daemon, a []string) ([]string, error) {
+		c, err := net.Dial(a[1], a[2])
+		if err != nil {
+			return nil, err
+		}
+		setThing(a[0], c)
+		return []string{c.LocalAddr().String()}, nil
+	},
+	"listen": func(d *daemon, a []string) ([]string, error) {
+		if a[1] == "udp" || a[1] == "unixgram" {
+			c, err := net.ListenPacket(a[1], a[2])
+			if err != nil {
+				return nil, err
+			}
+			setThing(a[0], c)
+			return []string{c.LocalAddr().String()}, nil
+		}
+		ln, err := net.Listen(a[1], a[2])
+		if err != nil {
+			return nil, err
+		}
+		if ul, ok := ln.(*net.UnixListener); ok {
+			ul.SetUnlinkOnClose(false)
+		}
+		setThing(a[0], ln)
+		return []string{ln.Addr().String()}, nil
+	},
+	"file of": func(d *daemon, a []string) ([]string, error) {
+		if c, ok := thing[any](a[1]).(interface{ File() (*os.File, error) }); ok {
+			f, err := c.File()
+			return keep(a[0], f, err)
+		}
+		var f *os.File
+		var err error
+		cerr := onThing(a[1], func(fd int) {
+			if fd, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err == nil {
+				f = os.NewFile(uintptr(fd), "")
+			}
+		})
+		return keep(a[0], f, errors.Join(cerr, err))
+	},
+	"accept": func(d *daemon, a []string) ([]string, error) {
+		c, err := thing[net.Listener](a[1]).Accept()
+		return keep(a[0], c, err)
+	},
+	"accept client": func(d *daemon, a []string) ([]string, error) {
+		c, err := d.lns[0].Accept()
+		return keep(a[0], c, err)
+	},
+	"tls": func(d *daemon, a []string) ([]string, error) {
+		setThing(a[0], tls.Client(thing[net.Conn](a[1]), &tls.Config{ServerName: "localhost"}))
+		return nil, nil
+	},
+	"net.Pipe": func(d *daemon, a []string) ([]string, error) {
+		c, _ := net.Pipe()
+		setThing(a[0], c)
+		return nil, nil
+	},
+	"file conn": func(d *daemon, a []string) ([]string, error) { // a net.Conn that is no socket
+		f, err := os.Open(os.DevNull)
+		setThing(a[0], notSocket{nil, f})
+		return nil, err
+	},
+	"nil": func(d *daemon, a []string) ([]string, error) {
+		setThing(a[0], (*os.File)(nil))
+		return nil, nil
+	},
+	"open": func(d *daemon, a []string) ([]string, error) {
+		flags := os.O_RDWR | os.O_CREATE
+		if fi, err := os.Stat(a[1]); err == nil && fi.IsDir() {
+			flags = os.O_RDONLY
+		}
+		f, err := os.OpenFile(a[1], flags, 0o600)
+		return keep(a[0], f, err)
+	},
+	"pipe": func(d *daemon, a []string) ([]string, error) { // "blocking" or "non-blocking"
+		var fds [2]int
+		if err := syscall.Pipe(fds[:]); err != nil {
+			return nil, err
+		}
+		for i, end := range []string{".r", ".w"} {
+			syscall.CloseOnExec(fds[i])
+			if err := syscall.SetNonblock(fds[i], a[1] == "non-blocking"); err != nil {
+				return nil, err
+			}
+			setThing(a[0]+end, os.NewFile(uintptr(fds[i]), end))
+		}
+		return nil, nil
+	},
+	"socketpair": func(d *daemon, a []string) ([]string, error) {
+		typ := syscall.SOCK_STREAM
+		if a[1] == "dgram" {
+			typ = syscall.SOCK_DGRAM
+		}
+		fds, err := syscall.Socketpair(syscall.AF_UNIX, typ, 0)
+		if err != nil {
+			return nil, err
+		}
+		for i, end := range []string{".a", ".b"} {
+			syscall.CloseOnExec(fds[i])
+			setThing(a[0]+end, os.NewFile(uintptr(fds[i]), end))
+		}
+		return nil, nil
+	},
+	"bound": func(d *daemon, a []string) ([]string, error) { // a TCP socket that does not listen
+		fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+		if err != nil {
+			return nil, err
+		}
+		syscall.CloseOnExec(fd)
+		setThing(a[0], os.NewFile(uintptr(fd), ""))
+		return nil, syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
+	},
+
+	// The package's calls.
+	"AddConn": func(d *daemon, a []string) ([]string, error) {
+		if a[1] == "no conn" {
+			return nil, d.u.AddConn(a[0], nil)
+		}
+		return nil, d.u.AddConn(a[0], thing[net.Conn](a[1]))
+	},
+	"AddFile": func(d *daemon, a []string) ([]string, error) {
+		return nil, d.u.AddFile(a[0], thing[*os.File](a[1]))
+	},
+	"Conn": func(d *daemon, a []string) ([]string, error) {
+		c, err := d.u.Conn(a[0])
+		return keep(a[1], c, err)
+	},
+	"File": func(d *daemon, a []string) ([]string, error) {
+		f, err := d.u.File(a[0])
+		return keep(a[1], f, err)
+	},
+	"Listener": func(d *daemon, a []string) ([]string, error) {
+		ln, err := d.u.Listener(a[0])
+		return keep(a[1], ln, err)
+	},
+	"PacketConn": func(d *daemon, a []string) ([]string, error) {
+		c, err := d.u.PacketConn(a[0])
+		return keep(a[1], c, err)
+	},
+	"Listen": func(d *daemon, a []string) ([]string, error) {
+		ln, err := d.u.Listen(a[1], a[2])
+		return keep(a[0], ln, err)
+	},
+	"ListenPacket": func(d *daemon, a []string) ([]string, error) {
+		c, err := d.u.ListenPacket(a[1], a[2])
+		return keep(a[0], c, err)
+	},
+	"DatagramPair": func(d *daemon, a []string) ([]string, error) {
+		up, down, err := d.u.DatagramPair(a[0])
+		if err != nil {
+			return nil, err
+		}
+		setThing(a[1]+".down", down)
+		return keep(a[1]+".up", up, nil)
+	},
+	"Unregistered": func(d *daemon, a []string) ([]string, error) { return d.u.Unregistered() },
+
+	// Every call that adds or takes, and the error that each gives.
+	"all calls": func(d *daemon, a []string) (list []string, err error) {
+		c, err := net.Dial("udp", "127.0.0.1:9")
+		if err != nil {
+			return nil, err
+		}
+		defer c.Close()
+		f, err := os.Open(os.DevNull)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		add := func(name string, err error) {
+			is := fmt.Sprint(err)
+			for known, e := range knownErrors {
+				if err == e {
+					is = known
+				}
+			}
+			list = append(list, name+" "+is)
+		}
+		add("AddConn", d.u.AddConn("x", c))
+		add("AddFile", d.u.AddFile("x", f))
+		_, err = d.u.Conn("nothing")
+		add("Conn", err)
+		_, err = d.u.File("nothing")
+		add("File", err)
+		_, err = d.u.Listener("nothing")
+		add("Listener", err)
+		_, err = d.u.PacketConn("nothing")
+		add("PacketConn", err)
+		_, down, err := d.u.DatagramPair("x")
+		add("DatagramPair", err)
+		if err == nil {
+			down.Close()
+		}
+		return list, nil
+	},
+
+	// What is done with things.
+	"close": func(d *daemon, a []string) ([]string, error) {
+		for _, key := range a {
+			if err := thing[io.Closer](key).Close(); err != nil {
+				return nil, err
+			}
+		}
+		return nil, nil
+	},
+	"write": func(d *daemon, a []string) ([]string, error) {
+		_, err := io.WriteString(thing[io.Writer](a[0]), a[1])
+		return nil, err
+	},
+	"read": func(d *daemon, a []string) ([]string, error) { // so many bytes
+		n, err := strconv.Atoi(a[1])
+		if err != nil {
+			return nil, err
+		}
+		r := thing[io.Reader](a[0])
+		if c, ok := r.(interface{ SetReadDeadline(time.Time) error }); ok {
+			_ = c.SetReadDeadline(time.Now().Add(patience))
+		}
+		b := make([]byte, n)
+		n, err = io.ReadFull(r, b)
+		return []string{string(b[:n])}, err
+	},
+	"addr": func(d *daemon, a []string) ([]string, error) {
+		return []string{thing[interface{ LocalAddr() net.Addr }](a[0]).LocalAddr().String()}, nil
+	},
+	"conn of": func(d *daemon, a []string) ([]string, error) {
+		c, err := net.FileConn(thing[*os.File](a[1]))
+		return keep(a[0], c, err)
+	},
+	"wait": func(d *daemon, a []string) ([]string, error) { return []string{string(d.u.Wait().Kind)}, nil },
+	"seek": func(d *daemon, a []string) ([]string, error) {
+		n, err := strconv.Atoi(a[1])
+		if err == nil {
+			_, err = thing[io.Seeker](a[0]).Seek(int64(n), io.SeekStart)
+		}
+		return nil, err
+	},
+	"readdir": func(d *daemon, a []string) ([]string, error) { return thing[*os.File](a[0]).Readdirnames(-1) },
+	"flock": func(d *daemon, a []string) (_ []string, err error) {
+		cerr := onThing(a[0], func(fd int) { err = syscall.Flock(fd, syscall.LOCK_EX|syscall.LOCK_NB) })
+		return nil, errors.Join(cerr, err)
+	},
+	"descriptor": func(d *daemon, a []string) (list []string, err error) {
+		err = onThing(a[0], func(fd int) { list = []string{strconv.Itoa(fd)} })
+		return list, err
+	},
+	"flags": func(d *daemon, a []string) (list []string, err error) { // O_NONBLOCK, FD_CLOEXEC
+		cerr := onThing(a[0], func(fd int) {
+			fl, err1 := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+			fd, err2 := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+			list, err = []string{strconv.FormatBool(fl&unix.O_NONBLOCK != 0), strconv.FormatBool(fd&unix.FD_CLOEXEC != 0)}, errors.Join(err1, err2)
+		})
+		return list, errors.Join(cerr, err)
+	},
+	// Before Ready: a listener of this daemon, which it accepts on.
+	"keep": func(d *daemon, a []string) ([]string, error) {
+		d.lns = append(d.lns, thing[net.Listener](a[0]))
+		return nil, nil
+	},
+	"serve": func(d *daemon, a []string) ([]string, error) {
+		if ln, ok := thing[any](a[0]).(net.Listener); ok {
+			d.acceptOn(ln)
+			return nil, nil
+		}
+		d.answerPackets(thing[net.PacketConn](a[0]))
+		return nil, nil
+	},
+}
+
+// answerPackets answers each packet with this process's ID and generation.
+func (d *daemon) answerPackets(c net.PacketConn) {
+	d.loops.Go(func() {
+		b := make([]byte, 1024)
+		for {
+			_, from, err := c.ReadFrom(b)
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if err == nil {
+				_, _ = c.WriteTo(fmt.Appendf(nil, "%d %d\n", os.Getpid(), d.u.Generation()), from)
+			}
+		}
+	})
+}
