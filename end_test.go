@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -283,5 +284,27 @@ func TestStopWithoutDescriptors(t *testing.T) {
 	p.call("stop")
 	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
 		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// A listener that is closed after a stop leaves the file alone that another
+// process has bound since, though the system may have given it the same inode.
+func TestCloseAfterStop(t *testing.T) {
+	t.Parallel()
+	dir := shortDir(t)
+	path := filepath.Join(dir, "s")
+	p := newHub(t, spec{Listen: [][2]string{{"unix", path}}}).serving()
+	p.call("stop")
+	p.call("awaitexit")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	if m := p.call("close", "0"); m.Err != nil {
+		t.Fatalf("Close: %+v", m.Err)
+	}
+	if _, err := os.Lstat(path); err != nil {
+		t.Fatalf("another process's file: %v", err)
 	}
 }

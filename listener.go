@@ -639,7 +639,9 @@ func (g *gate) close() (gone bool, err error) {
 	if closed {
 		return gone, net.ErrClosed
 	}
-	if g.u.withdraw(g.e) {
+	if g.u.withdraw(g.e) && !gone {
+		// Whose socket is gone, its file was seen to: a file with that name
+		// and even that inode may be another process's by now.
 		g.e.removeFile()
 	}
 	return gone, nil

@@ -217,7 +217,8 @@ func (c *UDPConn) Close() error { return c.p.closeAll() }
 
 // A UnixgramConn is a *net.UnixConn for datagrams whose reading waits until
 // Ready has succeeded and while an upgrade is being handed over. The methods
-// of the embedded one do not wait.
+// of the embedded one do not wait, and its CloseRead and CloseWrite shut the
+// socket down for every process that has it.
 type UnixgramConn struct {
 	*net.UnixConn
 	p *packetConn
