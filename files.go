@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -498,9 +499,15 @@ func (s successorError) meets(e *entry) bool {
 	if isUnix {
 		return strings.HasPrefix(s.network, "unix") && e.address == s.address
 	}
-	_, port1, err1 := net.SplitHostPort(e.address)
-	_, port2, err2 := net.SplitHostPort(s.address)
-	return e.network[:3] == s.network[:min(3, len(s.network))] && err1 == nil && err2 == nil && port1 == port2
+	host1, port1, err1 := net.SplitHostPort(e.address)
+	host2, port2, err2 := net.SplitHostPort(s.address)
+	return e.network[:3] == s.network[:min(3, len(s.network))] && err1 == nil && err2 == nil &&
+		port1 == port2 && (host1 == host2 || isWildcard(host1) || isWildcard(host2))
+}
+
+func isWildcard(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "" || err == nil && ip.IsUnspecified()
 }
 
 // ReadFiles reads from a Unix connection of any kind into b, and returns the
@@ -534,7 +541,7 @@ func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 		if err == unix.ECONNRESET { // told once, and before what the peer has sent
 			n, oobn, flags, err = recvmsg(int(fd), b, oob)
 		}
-		if err == nil && n == 0 && oobn == 0 {
+		if err == nil && n == 0 {
 			typ, _ := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE)
 			end = typ == unix.SOCK_STREAM || typ == unix.SOCK_SEQPACKET && atEnd(int(fd))
 		}
@@ -553,7 +560,7 @@ func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 		err = fmt.Errorf("%w: the system delivered fewer descriptors than were sent (see RLIMIT_NOFILE)", os.NewSyscallError("recvmsg", unix.EMFILE))
 	case flags&unix.MSG_TRUNC != 0:
 		err = tooLong(len(b))
-	case end:
+	case end && len(fds) == 0:
 		return 0, nil, io.EOF
 	}
 	if err != nil {
@@ -655,7 +662,8 @@ type Cred struct {
 // connect, listen or socketpair, as the system has noted it then (SO_PEERCRED
 // on Linux and OpenBSD, LOCAL_PEERCRED, LOCAL_PEEREID on NetBSD; see unix(7)
 // and unix(4)). FreeBSD and DragonFly do not tell the PID. A connection that
-// is none of Unix, or not connected, is an error.
+// is none of Unix, or not connected, is an error, and so is, on Linux, a
+// datagram socket that is no socketpair's.
 //
 // c is a *net.UnixConn or a *SeqpacketConn.
 func PeerCred(c syscall.Conn) (Cred, error) {

@@ -138,7 +138,8 @@ func (c *SeqpacketConn) Recv(b []byte) (n int, err error) {
 }
 
 // Send sends b as one packet, whole or, with an error, not at all: EMSGSIZE if
-// it is longer than the system takes, EPIPE if the peer has closed. It blocks
+// it is longer than the system takes, EPIPE if the peer has closed or, once,
+// ECONNRESET if it has closed with packets unread. It blocks
 // while the peer's queue is full. An empty b is an error, for the peer could
 // not tell it from the end.
 //
@@ -189,8 +190,8 @@ func (c *SeqpacketConn) opError(op string, err error) error {
 // Close closes the connection. What was sent is still received by the peer.
 func (c *SeqpacketConn) Close() error { return c.c.Close() }
 
-// CloseRead shuts down the reading side: Recv returns io.EOF, and the peer's
-// Send fails with EPIPE.
+// CloseRead shuts down the reading side: Recv returns what has come before, then
+// io.EOF, and the peer's Send fails with EPIPE.
 func (c *SeqpacketConn) CloseRead() error { return c.c.CloseRead() }
 
 // CloseWrite shuts down the writing side: the peer's Recv returns io.EOF when
@@ -200,8 +201,8 @@ func (c *SeqpacketConn) CloseWrite() error { return c.c.CloseWrite() }
 // LocalAddr returns this end's address, a *net.UnixAddr.
 func (c *SeqpacketConn) LocalAddr() net.Addr { return c.c.LocalAddr() }
 
-// RemoteAddr returns the peer's address, a *net.UnixAddr without a name if the
-// peer is not bound.
+// RemoteAddr returns the peer's address, a *net.UnixAddr, as net has it: of a
+// peer that is not bound its name is "@" on Linux, and empty elsewhere.
 func (c *SeqpacketConn) RemoteAddr() net.Addr { return c.c.RemoteAddr() }
 
 // SetDeadline sets the time at which Recv and Send fail with

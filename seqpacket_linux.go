@@ -70,16 +70,16 @@ func atEnd(fd int) bool {
 // or not at all.
 func (p *packetOut) transmit(fd int) bool {
 	for {
-		p.n, p.err = unix.SendmsgN(fd, p.b, nil, nil, unix.MSG_NOSIGNAL)
+		p.err = unix.Send(fd, p.b, unix.MSG_NOSIGNAL)
 		switch {
 		case p.err == unix.EINTR:
 			continue
 		case p.err == unix.EAGAIN:
 			return false
 		case p.err != nil:
-			p.n, p.err = 0, os.NewSyscallError("sendmsg", p.err)
-		case p.n < len(p.b):
-			p.err = io.ErrShortWrite
+			p.err = os.NewSyscallError("sendto", p.err)
+		default:
+			p.n = len(p.b)
 		}
 		return true
 	}

@@ -408,3 +408,25 @@ func TestReadFilesWithCredentials(t *testing.T) {
 	sendRaw(t, far, []byte("x"), slices.Repeat([]*os.File{os.Stderr}, 253)...)
 	closeFiles(receivesFiles(t, near, "x", 253))
 }
+
+// The system names a sender, nobody, with the end of a stream, too.
+func TestReadFilesEndWithCredentials(t *testing.T) {
+	t.Parallel()
+	for _, typ := range []int{syscall.SOCK_STREAM, syscall.SOCK_SEQPACKET} {
+		a, b := socketPair(t, typ)
+		withFD(t, b, func(fd int) {
+			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PASSCRED, 1); err != nil {
+				t.Fatal(err)
+			}
+		})
+		limited(t, b)
+		if _, err := ecdysis.WriteFiles(a, []byte("last"), os.Stderr); err != nil {
+			t.Fatal(err)
+		}
+		a.Close()
+		closeFiles(receivesFiles(t, b, "last", 1))
+		if n, files, err := ecdysis.ReadFiles(b, make([]byte, 10)); n != 0 || files != nil || err != io.EOF {
+			t.Errorf("type %d: ReadFiles at the end: %d, %d files, %v; want io.EOF", typ, n, len(files), err)
+		}
+	}
+}
