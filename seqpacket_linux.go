@@ -3,56 +3,55 @@ package ecdysis
 import (
 	"io"
 	"os"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
 // A packetIn is a packet on its way in.
 //
-// It is received by readv(2) into the caller's buffer and a byte more: a packet
-// that reaches that byte did not fit. recvmsg(2) would tell by a flag, but
-// x/sys then allocates the sender's address for each packet.
+// It is received by recvfrom(2) with MSG_TRUNC, which returns a packet's whole
+// length. x/sys has calls for that, but they allocate the address of a sender
+// that is bound, for each packet.
 type packetIn struct {
-	bufs  [2][]byte // the caller's, and spare
-	spare [1]byte
-	n     int
-	err   error
+	b   []byte
+	n   int // the packet's length
+	err error
 }
 
-func (p *packetIn) begin(b []byte) {
-	p.bufs = [2][]byte{b, p.spare[:]}
-	p.n, p.err = 0, nil
-}
+func (p *packetIn) begin(b []byte) { p.b, p.n, p.err = b, 0, nil }
 
 // receive reports whether there is a result.
 func (p *packetIn) receive(fd int) bool {
 	for {
-		p.n, p.err = unix.Readv(fd, p.bufs[:])
-		switch {
-		case p.err == unix.EINTR:
-			continue
-		case p.err == unix.ECONNRESET:
+		n, _, errno := unix.Syscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&p.b[0])), uintptr(len(p.b)), unix.MSG_TRUNC, 0, 0)
+		switch errno {
+		case 0:
+			p.n = int(n)
+			if n == 0 && atEnd(fd) {
+				p.err = io.EOF
+			}
+			return true
+		case unix.EINTR:
+		case unix.ECONNRESET:
 			// The peer has closed without receiving everything. The system
 			// says so once, and before what the peer has sent.
-			continue
-		case p.err == unix.EAGAIN:
+		case unix.EAGAIN:
 			return false
-		case p.err != nil:
-			p.err = os.NewSyscallError("readv", p.err)
-		case p.n == 0 && atEnd(fd):
-			p.err = io.EOF
+		default:
+			p.err = os.NewSyscallError("recvfrom", errno)
+			return true
 		}
-		return true
 	}
 }
 
 func (p *packetIn) end() (int, error) {
-	b := p.bufs[0]
-	p.bufs = [2][]byte{}
-	if p.err == nil && p.n > len(b) {
+	b := p.b
+	p.b = nil
+	if p.n > len(b) {
 		return len(b), tooLong(len(b))
 	}
-	return max(p.n, 0), p.err
+	return p.n, p.err
 }
 
 // atEnd tells the end of a connection from an empty packet: the peer has
