@@ -40,6 +40,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/signal"
 	"slices"
@@ -72,6 +73,9 @@ var (
 	ErrInProgress = errors.New("ecdysis: an upgrade is in progress")
 	// ErrUpgraded: this process has been replaced.
 	ErrUpgraded = errors.New("ecdysis: this process has been replaced")
+	// ErrDraining: more older generations still serve their clients than
+	// Options.MaxDraining allows.
+	ErrDraining = errors.New("ecdysis: too many older generations are still draining")
 	// ErrStopped: Stop was called.
 	ErrStopped = errors.New("ecdysis: this process has been stopped")
 	// ErrInit: this process is PID 1, whose exit ends the container or the
@@ -147,9 +151,33 @@ type Options struct {
 	// caller finishes what is in flight, then calls Stop.
 	PartialStopSignals []os.Signal
 
+	// UpgradeSocket, StopSocket and PartialStopSocket are the paths of control
+	// sockets, Unix sockets by which programs of the same user, and root's, ask
+	// for what the signals ask for; see Request. New makes them, with mode
+	// 0600, or inherits them; Wait serves them. They are handed on in an
+	// upgrade, and their files are removed on a stop. Empty: none. A relative
+	// path is taken from the working directory at the time of New; on Linux
+	// a name that begins with "@" is abstract.
+	UpgradeSocket, StopSocket, PartialStopSocket string
+
+	// TakeoverSocket is the path of a Unix socket by which a process that was
+	// not started by this one takes everything over from it, as a successor
+	// would: for a new container, unit, environment or list of arguments. New
+	// connects to it, unless an older process has started this one, and
+	// inherits from the process that serves there; if there is none, this is
+	// the first process of a chain. From then on it is a control socket like
+	// the others, and serves whoever comes next.
+	TakeoverSocket string
+
+	// MaxDraining is how many older generations may still be alive, serving
+	// the clients that they have, when an upgrade begins; with more of them it
+	// is refused with ErrDraining. 0: any number.
+	MaxDraining int
+
 	// Prepare has the last word before a successor is started. It may change
 	// the command, and may still call Listen, AddConn or AddFile. Its error
-	// ends the attempt.
+	// ends the attempt. In a takeover nothing is started: the Command is zero,
+	// and changing it has no effect.
 	Prepare func(*Command) error
 
 	// SendState writes what the successor reads from State, as much of it as
@@ -211,7 +239,8 @@ const (
 	// EventUpgradeFailed follows.
 	EventResumed EventKind = "resumed"
 	// EventUpgradeFailed: the attempt has failed, Err says why. It also tells
-	// of a signal to upgrade that was refused.
+	// of a trigger that was refused, with ErrInProgress, ErrDraining or
+	// ErrInit.
 	EventUpgradeFailed EventKind = "upgrade failed"
 	// EventUpgraded: the successor serves, and its probation is over.
 	EventUpgraded EventKind = "upgraded"
@@ -224,7 +253,8 @@ const (
 // An Event tells what an Upgrader does.
 type Event struct {
 	Kind       EventKind
-	Signal     os.Signal // what caused it; nil: a call
+	Signal     os.Signal // what caused it; nil: a control socket or a call
+	Socket     string    // the path of the control socket that caused it; "": a signal or a call
 	PID        int       // of the process that the event is about; 0: none yet
 	Generation int       // of that process: in an upgrade, the successor's
 	Unclaimed  []string  // EventReady: what was inherited and closed, for nobody had asked for it: "tcp :80", "conn name", "file name", "pair name", "state"
@@ -237,6 +267,9 @@ func (e Event) String() string {
 	b.WriteString(string(e.Kind))
 	if e.Signal != nil {
 		b.WriteString(" by signal " + e.Signal.String())
+	}
+	if e.Socket != "" {
+		b.WriteString(" by socket " + e.Socket)
 	}
 	if e.PID != 0 {
 		b.WriteString(": pid=" + strconv.Itoa(e.PID) + " generation=" + strconv.Itoa(e.Generation))
@@ -273,6 +306,7 @@ type Upgrader struct {
 	parent     *stream      // to the old process; nil in the first one
 	state      *stateReader // what the old process has written; nil: nothing
 	signals    chan os.Signal
+	controls   []*control // made by New
 
 	ready   chan struct{} // closed when Ready has succeeded
 	settled chan struct{} // closed when the old process has no say any more: the socket files are ours
@@ -283,9 +317,11 @@ type Upgrader struct {
 	// that can block.
 	mu        sync.Mutex
 	phase     phase
-	pending   Event // of a stop that came while Ready or Upgrade ran, which ends by it
-	last      Event // what Wait returns
-	standby   bool  // the old process stands by for its Probation
+	pending   EventKind       // a stop that came while Ready or Upgrade ran, which ends by it
+	cause     trigger         // of that stop
+	asked     []*net.UnixConn // clients of control sockets that wait for this process's end
+	last      Event           // what Wait returns
+	standby   bool            // the old process stands by for its Probation
 	reg       registry
 	pidFile   pidFile  // as this process has written it last
 	successor *stream  // after an upgrade; only the kernel closes it
@@ -298,12 +334,16 @@ type Upgrader struct {
 var process atomic.Pointer[Upgrader]
 
 // New returns this process's Upgrader. If an older process has started this
-// one, New takes everything that it hands on; otherwise this is the first
-// process of a chain.
+// one, or serves at Options.TakeoverSocket, New takes everything that it hands
+// on; otherwise this is the first process of a chain.
 //
 // There is one Upgrader in a process: after New has succeeded, or has failed
 // to take an inheritance, another call fails. The older process is told why a
-// call has failed.
+// call has failed. If that one refuses to be taken over, because an upgrade is
+// in progress or its Prepare says no, the error has its reason; if it does not
+// answer within Options.UpgradeTimeout, the error wraps
+// os.ErrDeadlineExceeded. In both cases New may be called again. A control
+// socket that another process serves is an error that wraps EADDRINUSE.
 func New(opts Options) (*Upgrader, error) {
 	u := &Upgrader{
 		signals: make(chan os.Signal, 1), // several that wait are one
@@ -315,30 +355,49 @@ func New(opts Options) (*Upgrader, error) {
 	if !process.CompareAndSwap(nil, u) {
 		return nil, errors.New("ecdysis: New was called before; a process has one Upgrader")
 	}
-	parent, err := openInheritance()
-	if err != nil {
+	var err error
+	if u.parent, err = openInheritance(); err != nil {
 		return nil, fmt.Errorf("ecdysis: new: %w", err)
 	}
-	u.parent = parent
 	if u.opts, err = opts.check(); err == nil {
 		if len(u.opts.UpgradeSignals) > 0 {
 			signal.Notify(u.signals, u.opts.UpgradeSignals...)
 		}
-		if parent == nil {
-			close(u.settled)
-			return u, nil
-		}
-		if err = u.inherit(); err == nil {
+		if err = u.begin(); err == nil {
 			return u, nil
 		}
 		signal.Stop(u.signals)
 	}
-	if parent == nil {
+	if u.parent == nil {
 		process.Store(nil) // nothing was taken: the caller may try again
 	} else {
 		_ = u.Fail(err)
 	}
 	return nil, fmt.Errorf("ecdysis: new: %w", err)
+}
+
+// begin takes what there is to inherit, and opens the control sockets.
+func (u *Upgrader) begin() (err error) {
+	var hello frame
+	var deadline time.Time // a successor's is its parent's affair
+	if u.parent != nil {
+		if hello, err = u.parent.read(deadline); err != nil {
+			return fmt.Errorf("the older process said nothing: %w", err)
+		}
+	} else if path := u.opts.TakeoverSocket; path != "" {
+		deadline = time.Now().Add(u.opts.UpgradeTimeout)
+		if u.parent, hello, err = takeOverAt(path, deadline); err != nil {
+			return fmt.Errorf("TakeoverSocket %s: %w", path, err)
+		}
+	}
+	if u.parent == nil {
+		close(u.settled)
+		return u.openControls()
+	}
+	if err := u.inherit(hello, deadline); err != nil {
+		return err
+	}
+	return u.openControls()
 }
 
 // check returns o with its defaults filled in.
@@ -362,6 +421,23 @@ func (o Options) check() (Options, error) {
 		}
 		o.PIDFile = path
 	}
+	if o.MaxDraining < 0 {
+		return o, fmt.Errorf("MaxDraining is %d; want 0 (for any number) or more", o.MaxDraining)
+	}
+	paths := map[string]string{}
+	if o.PIDFile != "" {
+		paths[o.PIDFile] = "PIDFile"
+	}
+	for _, s := range o.sockets() {
+		path, err := controlPath(*s.path)
+		if err != nil {
+			return o, fmt.Errorf("%s: %w", s.name, err)
+		}
+		if other := paths[path]; other != "" && path != "" {
+			return o, fmt.Errorf("%s and %s are both %q; want a path for each", other, s.name, path)
+		}
+		*s.path, paths[path] = path, s.name
+	}
 	var seen []os.Signal
 	for i, list := range [][]os.Signal{o.UpgradeSignals, o.StopSignals, o.PartialStopSignals} {
 		name := []string{"UpgradeSignals", "StopSignals", "PartialStopSignals"}[i]
@@ -381,7 +457,7 @@ func (o Options) check() (Options, error) {
 }
 
 // HasParent reports whether an older process has started this one to be its
-// successor. It does not change when that process exits.
+// successor, or was taken over. It does not change when that process exits.
 func (u *Upgrader) HasParent() bool { return u.parent != nil }
 
 // Generation returns 0 in the first process of a chain, 1 in its successor,
@@ -552,9 +628,9 @@ func (u *Upgrader) Fail(reason error) error {
 // During the probation that the older process gives this one, Stop tells the
 // older one not to come back. A second Stop, and one after a successful
 // Upgrade, does nothing.
-func (u *Upgrader) Stop() { u.stop(Event{}) }
+func (u *Upgrader) Stop() { u.stop(trigger{}) }
 
-func (u *Upgrader) stop(cause Event) {
+func (u *Upgrader) stop(t trigger) {
 	u.mu.Lock()
 	p := u.phase
 	switch p {
@@ -562,16 +638,15 @@ func (u *Upgrader) stop(cause Event) {
 		u.mu.Unlock()
 		return
 	case readying, preparing, upgrading:
-		cause.Kind = EventStopping
-		u.pending = cause
+		u.pending, u.cause = EventStopping, t
 		u.mu.Unlock()
 		return
 	}
 	u.phase = stopped
 	u.mu.Unlock()
 
-	cause.Kind, cause.PID, cause.Generation = EventStopping, os.Getpid(), u.generation
-	u.notify(cause)
+	e := u.ownEvent(t, EventStopping)
+	u.notify(e)
 	owner := u.parent == nil || p != refused && p != starting && u.settle()
 	switch {
 	case owner || p == refused:
@@ -590,64 +665,82 @@ func (u *Upgrader) stop(cause Event) {
 		_ = os.Remove(u.opts.PIDFile)
 	}
 	u.reap()
-	u.end(cause)
+	u.end(e)
 	close(u.exit)
 	// Last of all: a program may exit as soon as its accept loop ends.
 	shut()
 }
 
 // partialStop ends accepting and leaves all else to the caller.
-func (u *Upgrader) partialStop(cause Event) {
-	cause.Kind, cause.PID, cause.Generation = EventPartialStop, os.Getpid(), u.generation
+func (u *Upgrader) partialStop(t trigger) {
 	u.mu.Lock()
 	switch u.phase {
 	case serving:
 		u.phase = partial
 		u.mu.Unlock()
-		u.notify(cause)
+		e := u.ownEvent(t, EventPartialStop)
+		u.notify(e)
 		shut := u.takeListeners(u.settle())
-		u.end(cause)
+		u.end(e)
 		shut()
 	case readying, preparing, upgrading:
-		if u.pending.Kind == "" {
-			u.pending = cause
+		if u.pending == "" {
+			u.pending, u.cause = EventPartialStop, t
 		}
 		u.mu.Unlock()
 	default: // there is nothing to drain
 		u.mu.Unlock()
-		u.stop(cause)
+		u.stop(t)
 	}
+}
+
+// ownEvent returns an event about this process.
+func (u *Upgrader) ownEvent(t trigger, kind EventKind) Event {
+	e := t.event(kind)
+	e.PID, e.Generation = os.Getpid(), u.generation
+	return e
 }
 
 // mustStop reports whether a stop waits for the running Ready or Upgrade.
 func (u *Upgrader) mustStop() bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	return u.pending.Kind != ""
+	return u.pending != ""
 }
 
 // stopPending does what a stop has left to the call that was running, and
 // reports whether there was one.
 func (u *Upgrader) stopPending() bool {
 	u.mu.Lock()
-	e := u.pending
-	u.pending = Event{}
+	kind, t := u.pending, u.cause
+	u.pending, u.cause = "", trigger{}
 	u.mu.Unlock()
-	switch e.Kind {
+	switch kind {
 	case EventStopping:
-		u.stop(e)
+		u.stop(t)
 	case EventPartialStop:
-		u.partialStop(e)
+		u.partialStop(t)
 	}
-	return e.Kind != ""
+	return kind != ""
 }
 
-// end makes Wait return e, unless something else has ended it.
+// end closes the control sockets, answers who has asked for this process's end
+// by them, and makes Wait return e, unless something else has ended it.
 func (u *Upgrader) end(e Event) {
+	for _, c := range u.controls {
+		c.finish()
+	}
 	u.mu.Lock()
-	defer u.mu.Unlock()
-	if u.last.Kind == "" {
+	asked, first := u.asked, u.last.Kind == ""
+	u.asked = nil
+	if first {
 		u.last = e
+	}
+	u.mu.Unlock()
+	for _, c := range asked {
+		answer(c, outcome(e))
+	}
+	if first {
 		close(u.over)
 	}
 }

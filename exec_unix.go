@@ -29,12 +29,33 @@ func arg0() string {
 	return os.Args[0]
 }
 
-// A child is a process that Upgrade has started.
+// A child is the successor: the process that Upgrade has started, or one that
+// takes over.
 type child struct {
-	pid  int
-	proc *os.Process
+	pid  int         // 0: the system does not name it, and nothing is known of it
+	proc *os.Process // nil likewise
 	watch
 	sibling bool // it is not this process's own child: its status is another's
+}
+
+// foundChild returns a process that others have started.
+func foundChild(pid int) *child {
+	c := &child{pid: pid, sibling: true}
+	if pid != 0 {
+		c.find(pid)
+		c.proc, _ = os.FindProcess(pid) // which does not fail on these systems
+	}
+	return c
+}
+
+// exited waits at most d for c to exit, and reports whether it is known to
+// have.
+func (c *child) exited(d time.Duration) bool {
+	if c.pid == 0 {
+		time.Sleep(d)
+		return false
+	}
+	return c.watch.exited(d)
 }
 
 // defaultCommand is the command by which this process was started.
@@ -179,6 +200,9 @@ func inherits(fd int) bool {
 
 // kill ends c. A process that has ended is no error.
 func (c *child) kill() error {
+	if c.pid == 0 {
+		return errors.New("the system does not name the process")
+	}
 	if done, err := c.watch.kill(); done {
 		return err
 	}
@@ -203,6 +227,9 @@ func (c *child) wait() *os.ProcessState {
 
 // release gives up what the system keeps for c in this process.
 func (c *child) release() {
+	if c.pid == 0 {
+		return
+	}
 	c.watch.close()
 	_ = c.proc.Release()
 }

@@ -1,6 +1,7 @@
 package ecdysis
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,12 +32,13 @@ type frame struct {
 type record []string
 
 const (
+	frameTake    = 'T' // new to old, in a takeover: version; answered by frameHello or frameFail
 	frameHello   = 'H' // old to new: version, generation, pid
 	frameSockets = 'S' // old to new: what is handed on; answered by frameAck
 	frameEnd     = 'E' // old to new: that was all
 	frameAck     = 'K' // new to old: a batch has arrived
 	frameReady   = 'R' // new to old: pid, unclaimed
-	frameFail    = 'F' // new to old: reason, inuse, network, address
+	frameFail    = 'F' // new to old: reason, inuse, network, address; old to new, for frameHello: reason
 	frameCommit  = 'C' // old to new: probation
 	frameAbort   = 'A' // old to new: go away
 	frameDone    = 'D' // new to old: I serve
@@ -147,7 +149,9 @@ func uvarint(b string) (n, size int) {
 	return 0, 0
 }
 
-// A stream is one end of the connection between two generations.
+// A stream is one end of the connection between two generations. A successor
+// hands on its end, as an entry, to those after it: its end of file tells them
+// that the older process has exited.
 //
 // turn is held by the goroutine that waits for input; it alone sets conn's
 // read deadline, except that the end of a context and wakeReader may set one
@@ -171,8 +175,8 @@ type stream struct {
 	out []byte // of a frame that the system took the beginning of
 }
 
-// newStream takes fd over, or closes it.
-func newStream(fd int) (*stream, error) {
+// unixConn takes fd over, or closes it.
+func unixConn(fd int) (*net.UnixConn, error) {
 	f := os.NewFile(uintptr(fd), "")
 	c, err := net.FileConn(f)
 	f.Close()
@@ -184,6 +188,20 @@ func newStream(fd int) (*stream, error) {
 		c.Close()
 		return nil, fmt.Errorf("a %T; want a Unix socket", c)
 	}
+	return conn, nil
+}
+
+// newStream takes fd over, or closes it.
+func newStream(fd int) (*stream, error) {
+	conn, err := unixConn(fd)
+	if err != nil {
+		return nil, err
+	}
+	return streamOn(conn)
+}
+
+// streamOn takes conn over, or closes it.
+func streamOn(conn *net.UnixConn) (*stream, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		conn.Close()
@@ -205,6 +223,13 @@ func closeAll(fds []int) {
 		unix.Close(fd)
 	}
 }
+
+// What an entry needs. Nobody accepts on a stream.
+
+func (s *stream) quiet()                           {}
+func (s *stream) resume()                          {}
+func (s *stream) shut()                            {}
+func (s *stream) control(f func(fd uintptr)) error { return s.raw.Control(f) }
 
 // next returns a frame that has arrived, errAgain if there is none, or how
 // the stream has ended: io.EOF when the peer is gone. It does not block.
@@ -467,9 +492,9 @@ func (s *stream) write(b, oob []byte) (n int, err error) {
 // abort tells the successor that it was given up. There is room for that in
 // the system's buffer even if the successor has read nothing: the end of the
 // stream, which follows, would say without it that this process has died.
-func (s *stream) abort() {
+func (s *stream) abort() error {
 	_ = s.raw.Control(func(fd uintptr) { useReserve(int(fd)) })
-	_ = s.send(frameAbort, nil, nil) // fails only if the successor is gone
+	return s.send(frameAbort, nil, nil)
 }
 
 func (s *stream) sendFail(reason error) {
@@ -544,17 +569,33 @@ func openStream(value string) (*stream, error) {
 	return s, err
 }
 
-// inherit takes what the older process hands on.
-func (u *Upgrader) inherit() error {
-	f, err := u.parent.read(time.Time{})
+// hearTake waits for the word of a process that takes over.
+func (s *stream) hearTake() error {
+	f, err := s.read(time.Now().Add(silence))
 	if err != nil {
-		return fmt.Errorf("the older process said nothing: %w", err)
+		return err
 	}
+	if f.kind != frameTake {
+		return fmt.Errorf("it began with a frame %q; want %q", f.kind, frameTake)
+	}
+	return checkVersion(f)
+}
+
+func checkVersion(f frame) error {
+	if v := f.first("version"); v != protocolVersion {
+		return fmt.Errorf("the other process speaks version %q of the protocol, this one %s", v, protocolVersion)
+	}
+	return nil
+}
+
+// inherit takes what the older process hands on, after its first frame. The
+// zero deadline is none.
+func (u *Upgrader) inherit(f frame, deadline time.Time) error {
 	if f.kind != frameHello {
 		return fmt.Errorf("the older process began with a frame %q; want %q", f.kind, frameHello)
 	}
-	if v := f.first("version"); v != protocolVersion {
-		return fmt.Errorf("the older process speaks version %q of the protocol, this one %s", v, protocolVersion)
+	if err := checkVersion(f); err != nil {
+		return err
 	}
 	generation, err := strconv.Atoi(f.first("generation"))
 	if err != nil || generation < 0 {
@@ -562,7 +603,7 @@ func (u *Upgrader) inherit() error {
 	}
 	u.generation = generation + 1
 	for {
-		f, err := u.parent.read(time.Time{})
+		f, err := u.parent.read(deadline)
 		if err == io.EOF {
 			break // it has died; what it could not hand on is bound anew
 		}
@@ -577,12 +618,15 @@ func (u *Upgrader) inherit() error {
 					closeAll(f.fds[i:])
 					return u.disinherit(err)
 				}
-				if e.kind == kindState {
+				switch e.kind {
+				case kindState:
 					u.state.close() // there is one at most
 					u.state = newStateReader(e)
-					continue
+				case kindOlder:
+					u.reg.entries = append(u.reg.entries, e)
+				default:
+					u.reg.inherited = append(u.reg.inherited, e)
 				}
-				u.reg.inherited = append(u.reg.inherited, e)
 			}
 			_ = u.parent.send(frameAck, nil, nil) // fails only if nobody waits for it
 			continue
@@ -594,16 +638,17 @@ func (u *Upgrader) inherit() error {
 		}
 		break
 	}
+	u.reg.entries = append(u.reg.entries, &entry{kind: kindOlder, name: strconv.Itoa(generation), fd: -1, sock: u.parent, inherited: true})
 	u.reg.index()
 	return nil
 }
 
 func (u *Upgrader) disinherit(err error) error {
 	u.state.close()
-	for _, e := range u.reg.inherited {
+	for _, e := range slices.Concat(u.reg.inherited, u.reg.entries) {
 		e.drop()
 	}
-	u.reg.inherited = nil
+	u.reg.inherited, u.reg.entries = nil, nil
 	return err
 }
 
@@ -757,16 +802,16 @@ const slice = 100 * time.Millisecond
 // A successor that has failed has ended and been reaped, unless the system did
 // not let this process end it; then it has been told not to serve. What it has
 // made itself, files and processes, is not cleared away.
-func (u *Upgrader) Upgrade() error { return u.upgrade(Event{}) }
-
-func (u *Upgrader) upgrade(cause Event) error {
-	if os.Getpid() == 1 {
-		return ErrInit
-	}
-	if err := u.beginUpgrade(); err != nil {
+func (u *Upgrader) Upgrade() error {
+	if err := u.beginUpgrade(trigger{}); err != nil {
 		return err
 	}
-	a := &attempt{u: u, cause: cause, step: "prepare"}
+	return u.attempt(trigger{})
+}
+
+// attempt is an upgrade from where beginUpgrade has succeeded to its end.
+func (u *Upgrader) attempt(t trigger) error {
+	a := &attempt{u: u, trigger: t, step: "prepare"}
 	over := false
 	defer u.stopPending()
 	defer func() {
@@ -782,10 +827,12 @@ func (u *Upgrader) upgrade(cause Event) error {
 		e := a.event(EventUpgradeFailed)
 		e.Err = err
 		u.notify(e)
+		t.refuse(err)
 		return err
 	}
 	e := a.event(EventUpgraded)
 	defer func() { // even if the hook panics
+		answer(t.conn, okLine(e))
 		u.end(e)
 		close(u.exit)
 		// Last of all: a program may exit as soon as its accept loop ends.
@@ -797,7 +844,10 @@ func (u *Upgrader) upgrade(cause Event) error {
 	return nil
 }
 
-func (u *Upgrader) beginUpgrade() error {
+func (u *Upgrader) beginUpgrade(t trigger) error {
+	if os.Getpid() == 1 && t.taker == nil {
+		return ErrInit
+	}
 	select {
 	case <-u.ready:
 	default:
@@ -817,6 +867,10 @@ func (u *Upgrader) beginUpgrade() error {
 	if !settled {
 		return ErrInProgress
 	}
+	u.reg.forgetGone()
+	if n, limit := u.reg.draining(), u.opts.MaxDraining; limit > 0 && n > limit {
+		return fmt.Errorf("%w: %d are alive, and Options.MaxDraining is %d", ErrDraining, n, limit)
+	}
 	u.phase = preparing
 	return nil
 }
@@ -824,11 +878,11 @@ func (u *Upgrader) beginUpgrade() error {
 // An attempt is one call of Upgrade. Only the goroutine of that call touches
 // it.
 type attempt struct {
-	u         *Upgrader
-	cause     Event // with what caused the attempt
+	u *Upgrader
+	trigger
 	step      string
 	s         *stream
-	child     *child
+	child     *child   // the successor; one that takes over is not a child
 	stateFile *os.File // what SendState has written; nil: nothing
 	state     *entry   // of that
 	handed    []*entry // all else that the successor gets
@@ -836,6 +890,7 @@ type attempt struct {
 	sent      int      // frames that want to be acknowledged
 	endSent   bool
 	readyPID  int         // of the process that said READY; 0: none yet
+	ownPID    int         // what that one takes its process ID for: another number in another namespace
 	wrapped   bool        // that is not the process that was started
 	other     *os.Process // that process, if the system names it
 	quiet     bool        // the listeners are
@@ -847,8 +902,8 @@ type attempt struct {
 
 // event returns an event about the successor.
 func (a *attempt) event(kind EventKind) Event {
-	e := a.cause
-	e.Kind, e.PID, e.Generation = kind, a.pid(), a.u.generation+1
+	e := a.trigger.event(kind)
+	e.PID, e.Generation = a.pid(), a.u.generation+1
 	return e
 }
 
@@ -864,7 +919,10 @@ func (a *attempt) pid() int {
 func (a *attempt) run() error {
 	u := a.u
 	u.reap()
-	cmd := defaultCommand()
+	cmd := &Command{}
+	if a.taker == nil {
+		cmd = defaultCommand()
+	}
 	if u.opts.Prepare != nil {
 		if err := u.opts.Prepare(cmd); err != nil {
 			return err
@@ -914,7 +972,7 @@ func (a *attempt) run() error {
 func (a *attempt) start(cmd *Command) error {
 	u := a.u
 	u.mu.Lock()
-	if u.pending.Kind != "" {
+	if u.pending != "" {
 		u.mu.Unlock()
 		return ErrStopped
 	}
@@ -929,6 +987,9 @@ func (a *attempt) start(cmd *Command) error {
 	}
 	a.rest = append(a.rest, a.handed...)
 
+	if a.taker != nil {
+		return a.admit()
+	}
 	fds, err := socketpair(unix.SOCK_STREAM)
 	if err != nil {
 		return err
@@ -937,6 +998,30 @@ func (a *attempt) start(cmd *Command) error {
 	if a.s, err = newStream(fds[0]); err != nil {
 		return err
 	}
+	if err := a.fill(); err != nil {
+		return err
+	}
+	env := "pid=" + strconv.Itoa(os.Getpid()) + " uid=" + strconv.Itoa(os.Geteuid())
+	a.child, err = startChild(cmd, fds[1], env)
+	return err
+}
+
+// admit makes the process that takes over the successor.
+func (a *attempt) admit() error {
+	cred, err := PeerCred(a.taker.conn)
+	if err != nil {
+		return err
+	}
+	a.s, a.child = a.taker, foundChild(cred.PID)
+	if a.s.atEnd() { // from here on the process is the one that was found, or has ended
+		return io.ErrUnexpectedEOF
+	}
+	return gone(a.fill())
+}
+
+// fill begins the conversation, as far as the system's buffer goes.
+func (a *attempt) fill() error {
+	u := a.u
 	_ = a.s.raw.Control(func(fd uintptr) { keepReserve(int(fd)); wantSender(int(fd)) })
 	hello := record{"version=" + protocolVersion, "generation=" + strconv.Itoa(u.generation), "pid=" + strconv.Itoa(os.Getpid())}
 	if err := a.s.send(frameHello, []record{hello}, nil); err != nil {
@@ -952,9 +1037,7 @@ func (a *attempt) start(cmd *Command) error {
 			break
 		}
 	}
-	env := "pid=" + strconv.Itoa(os.Getpid()) + " uid=" + strconv.Itoa(os.Geteuid())
-	a.child, err = startChild(cmd, fds[1], env)
-	return err
+	return nil
 }
 
 // sendMore sends the next batch, or the end of them.
@@ -1047,6 +1130,9 @@ func (a *attempt) await(deadline time.Time) (frame, error) {
 // ended reports whether the successor is gone, even if a process that it left
 // behind holds its end of the stream open.
 func (a *attempt) ended() bool {
+	if a.child.pid == 0 { // its stream is all that there is to see of it
+		return a.s.atEnd()
+	}
 	if !a.child.exited(0) {
 		return false
 	}
@@ -1112,12 +1198,13 @@ func (a *attempt) awaitReady(deadline time.Time) error {
 			if err != nil || pid <= 0 {
 				return fmt.Errorf("the successor says that its process ID is %q; want a number", f.first("pid"))
 			}
+			a.ownPID = pid
 			// Its own word is good enough to print. What may be killed is
 			// for the system to say.
 			if a.s.sender != 0 {
 				pid = a.s.sender
 			}
-			a.readyPID, a.wrapped = pid, pid != a.child.pid
+			a.readyPID, a.wrapped = pid, a.child.pid != 0 && pid != a.child.pid
 			if a.wrapped && a.s.sender != 0 {
 				if a.other, err = os.FindProcess(pid); err != nil {
 					return err
@@ -1171,7 +1258,9 @@ func (a *attempt) handOver() error {
 	u := a.u
 	a.quiet = true
 	for _, e := range a.handed {
-		e.quiet()
+		if !e.late {
+			e.quiet()
+		}
 	}
 	a.told = true
 	u.notify(a.event(EventHandover))
@@ -1194,6 +1283,9 @@ func (a *attempt) handOver() error {
 	}
 	if f.kind != frameDone {
 		return a.unexpected(f)
+	}
+	for _, e := range a.handed {
+		e.quiet()
 	}
 	return nil
 }
@@ -1293,7 +1385,7 @@ func (a *attempt) fail(err error) error {
 	}
 	if path := u.opts.PIDFile; path != "" && a.child != nil {
 		// It had no time to remove what it had written beside the file.
-		pidFile{temp: tempPIDFile(path, a.pid()), path: path}.discard()
+		pidFile{temp: tempPIDFile(path, cmp.Or(a.ownPID, a.pid())), path: path}.discard()
 		if perr := u.restorePIDFile(); perr != nil {
 			ue.Err = fmt.Errorf("%w (then this process's own %w)", ue.Err, perr)
 		}
@@ -1331,7 +1423,11 @@ func (a *attempt) resume() {
 // end tells the successor that it was given up, ends it, and returns how it
 // ended; nil: unknown.
 func (a *attempt) end(cause error) *os.ProcessState {
-	a.s.abort()
+	err := a.s.abort()
+	if a.taker != nil && !a.committed && err != errAgain {
+		a.child.release()
+		return nil // it knows, and is not this process's to end
+	}
 	if hasSaid(cause) || errors.Is(cause, io.ErrUnexpectedEOF) {
 		// It is about to exit by itself, with a status that tells more.
 		grace := time.Second
@@ -1340,7 +1436,7 @@ func (a *attempt) end(cause error) *os.ProcessState {
 		}
 		a.child.exited(grace)
 	}
-	err := a.kill()
+	err = a.kill()
 	if a.committed {
 		// It has the word and may serve at any moment: only its end, and no
 		// guess, lets this process resume.

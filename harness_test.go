@@ -78,6 +78,9 @@ type options struct {
 	UpgradeSignals            []syscall.Signal
 	StopSignals               []syscall.Signal
 	PartialStopSignals        []syscall.Signal
+	MaxDraining               int
+
+	UpgradeSocket, StopSocket, PartialStopSocket, TakeoverSocket string
 }
 
 type listenConfig struct {
@@ -88,7 +91,8 @@ type listenConfig struct {
 }
 
 func (o options) real() ecdysis.Options {
-	r := ecdysis.Options{UpgradeTimeout: o.UpgradeTimeout, Probation: o.Probation, PIDFile: o.PIDFile}
+	r := ecdysis.Options{UpgradeTimeout: o.UpgradeTimeout, Probation: o.Probation, PIDFile: o.PIDFile, MaxDraining: o.MaxDraining,
+		UpgradeSocket: o.UpgradeSocket, StopSocket: o.StopSocket, PartialStopSocket: o.PartialStopSocket, TakeoverSocket: o.TakeoverSocket}
 	for _, s := range o.UpgradeSignals {
 		r.UpgradeSignals = append(r.UpgradeSignals, s)
 	}
@@ -126,6 +130,7 @@ type helloMsg struct{ PID int }
 
 type eventMsg struct {
 	Kind       ecdysis.EventKind
+	Socket     string
 	PID        int
 	Generation int
 	Unclaimed  []string
@@ -144,7 +149,7 @@ type errMsg struct {
 
 var knownErrors = map[string]error{
 	"ErrNotReady": ecdysis.ErrNotReady, "ErrInProgress": ecdysis.ErrInProgress, "ErrUpgraded": ecdysis.ErrUpgraded,
-	"ErrStopped": ecdysis.ErrStopped, "ErrInit": ecdysis.ErrInit, "ErrAborted": ecdysis.ErrAborted,
+	"ErrStopped": ecdysis.ErrStopped, "ErrDraining": ecdysis.ErrDraining, "ErrInit": ecdysis.ErrInit, "ErrAborted": ecdysis.ErrAborted,
 	"deadline": os.ErrDeadlineExceeded, "unexpected EOF": io.ErrUnexpectedEOF, "not exist": os.ErrNotExist,
 	"permission": os.ErrPermission, "closed": net.ErrClosed, "unsupported": errors.ErrUnsupported,
 	"ENOEXEC": syscall.ENOEXEC, "EADDRINUSE": syscall.EADDRINUSE, "ETXTBSY": syscall.ETXTBSY, "EMFILE": syscall.EMFILE,
@@ -195,7 +200,7 @@ func daemonMain() {
 	}
 	opts := d.spec.Options.real()
 	opts.Notify = func(e ecdysis.Event) {
-		m := &eventMsg{Kind: e.Kind, PID: e.PID, Generation: e.Generation, Unclaimed: e.Unclaimed, Line: e.String()}
+		m := &eventMsg{Kind: e.Kind, Socket: e.Socket, PID: e.PID, Generation: e.Generation, Unclaimed: e.Unclaimed, Line: e.String()}
 		if e.Err != nil {
 			m.Err = e.Err.Error()
 		}
@@ -255,7 +260,7 @@ func daemonMain() {
 		go func() {
 			defer d.loops.Done()
 			e := d.u.Wait()
-			d.send(message{At: "wait returned", Text: []string{string(e.Kind), fmt.Sprint(e.Signal)}})
+			d.send(message{At: "wait returned", Text: []string{string(e.Kind), fmt.Sprint(e.Signal), e.Socket}})
 			for _, ln := range d.lns {
 				ln.Close()
 			}
@@ -696,7 +701,11 @@ func (h *hub) serve(c net.Conn) {
 		return
 	}
 	pid := m.Hello.PID
-	proc0, _ := os.FindProcess(max(pid, -pid))
+	seen := max(pid, -pid)
+	if cred, err := ecdysis.PeerCred(c.(*net.UnixConn)); err == nil && cred.PID != 0 {
+		seen = cred.PID // from another PID namespace it says another number
+	}
+	proc0, _ := os.FindProcess(seen)
 	p := &proc{h: h, t: h.t, pid: pid, os: proc0, conn: c, gone: make(chan struct{}), addrs: make(chan [][2]string, 16),
 		changed: make(chan struct{}), replies: make(map[int]chan message)}
 	h.mu.Lock()

@@ -20,10 +20,11 @@ const (
 	kindFile     = "file"
 	kindPair     = "pair" // the successor's end of a DatagramPair
 	kindState    = "state"
+	kindOlder    = "generation" // the stream to an older process that may still serve its clients
 )
 
 // A socket is what an entry is here once it was asked for, if it goes on being
-// handed on: a *listener or a *packetConn.
+// handed on: a *listener or a *packetConn; or the *stream to the older process.
 type socket interface {
 	quiet()
 	resume()
@@ -39,6 +40,7 @@ type entry struct {
 	network, address string // of a socket: the words it was asked for with
 	at               string // boundKey of its address
 	keep             bool   // ListenConfig.KeepOnStop
+	late             bool   // a control socket that accepts until the successor serves
 	path             string // absolute, of a Unix socket's file; "": none
 	dev, ino         uint64 // of that file when it was bound
 	foreign          bool   // made elsewhere: its file is not the package's to remove
@@ -264,6 +266,43 @@ func (r *registry) takeInherited() []*entry {
 	list := r.unclaimed()
 	r.inherited, r.words, r.places, r.names = nil, nil, nil, nil
 	return list
+}
+
+// forgetGone closes what tells of older generations that have exited.
+func (r *registry) forgetGone() {
+	r.entries = slices.DeleteFunc(r.entries, func(e *entry) bool {
+		if e.kind != kindOlder || !e.hungUp() {
+			return false
+		}
+		e.drop()
+		return true
+	})
+}
+
+// draining counts the older generations that have not exited.
+func (r *registry) draining() (n int) {
+	for _, e := range r.entries {
+		if e.kind == kindOlder {
+			n++
+		}
+	}
+	return n
+}
+
+// hungUp reports whether the other end of a stream is closed. It takes nothing
+// from the stream.
+func (e *entry) hungUp() (yes bool) {
+	err := e.control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd)}}
+		for {
+			_, err := unix.Poll(fds, 0)
+			if err != unix.EINTR {
+				break
+			}
+		}
+		yes = fds[0].Revents&(unix.POLLHUP|unix.POLLERR|unix.POLLNVAL) != 0
+	})
+	return err != nil || yes
 }
 
 // remove takes an entry out of those that are handed on.

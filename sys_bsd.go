@@ -74,6 +74,12 @@ func (w *watch) begin(pid int) {
 	}
 }
 
+// find begins to watch a process that is not a child.
+func (w *watch) find(pid int) {
+	w.kq = -1
+	w.begin(pid)
+}
+
 // exited waits at most d for the process to exit, and reports whether it has.
 func (w *watch) exited(d time.Duration) bool {
 	if w.gone || w.kq < 0 {

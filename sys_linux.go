@@ -75,6 +75,16 @@ func (w *watch) prepare(attr *syscall.ProcAttr, sibling bool) error {
 
 func (w *watch) begin(pid int) { w.pid = pid }
 
+// find begins to watch a process that is not a child.
+func (w *watch) find(pid int) {
+	w.pid = pid
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil { // it has ended, or the kernel is older than 5.3
+		fd = -1
+	}
+	w.pidfd = fd
+}
+
 // exited waits at most d for the process to exit, and reports whether it has.
 func (w *watch) exited(d time.Duration) bool {
 	for end := time.Now().Add(d); ; {
