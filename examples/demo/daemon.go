@@ -71,9 +71,12 @@ type daemon struct {
 	echod       string // the real program
 	program     string // a link to what is started next
 	pidFile     string
+	control     string       // the directory of the control sockets
 	unix, tcp   string       // addresses
 	standIns    net.Listener // where they ask
 	cmd         *exec.Cmd    // the first process
+	taker       *exec.Cmd    // the one that takes over; nil: not started yet
+	stderr      *os.File     // of all generations, until the last that is not another's child is started
 	log         chan string  // of all generations; closed when all have ended
 	generations []*generation
 	serving     atomic.Pointer[generation]
@@ -86,7 +89,11 @@ func newDaemon(ctx context.Context) (*daemon, error) {
 	}
 	path := func(name string) string { return filepath.Join(dir, name) }
 	d := &daemon{ctx: ctx, dir: dir, log: make(chan string, 1000), echod: path("echod.real"), program: path("echod"),
-		pidFile: path("echod.pid"), unix: path("echod.sock")}
+		pidFile: path("echod.pid"), unix: path("echod.sock"), control: path("control")}
+	if err := os.Mkdir(d.control, 0o700); err != nil {
+		os.RemoveAll(dir)
+		return nil, err
+	}
 	if d.standIns, err = net.Listen("unix", path("demo.sock")); err != nil {
 		os.RemoveAll(dir)
 		return nil, err
@@ -121,9 +128,9 @@ func (d *daemon) start() error {
 	if err != nil {
 		return err
 	}
-	defer w.Close()
+	d.stderr = w
 	// The time-out is for the successor that hangs.
-	cmd := exec.Command(d.program, "-tcp", "127.0.0.1:0", "-unix", d.unix, "-pidfile", d.pidFile, "-timeout", "3s")
+	cmd := exec.Command(d.program, "-tcp", "127.0.0.1:0", "-unix", d.unix, "-pidfile", d.pidFile, "-control", d.control, "-timeout", "3s")
 	cmd.Env = append(os.Environ(), standInVar+"="+d.standIns.Addr().String())
 	cmd.Stderr = w // every generation inherits it
 	// A process group of its own: Ctrl-C is for the demo, which ends them all.
@@ -250,15 +257,20 @@ func (d *daemon) fail(how string) (reason string, err error) {
 	if reason, err = d.await(`(upgrade failed at .*)$`); err != nil {
 		return "", err
 	}
+	return reason, d.servesOn()
+}
+
+// servesOn finds the process that served before an upgrade to serve after it.
+func (d *daemon) servesOn() error {
 	if b, err := os.ReadFile(d.pidFile); err != nil || string(b) != fmt.Sprintln(d.serving.Load().PID) {
-		return "", fmt.Errorf("the PID file says %q (%v); want %d", b, err, d.serving.Load().PID)
+		return fmt.Errorf("the PID file says %q (%v); want %d", b, err, d.serving.Load().PID)
 	}
 	c, err := dial("tcp", d.tcp)
 	if err != nil {
-		return "", err
+		return err
 	}
 	defer c.Close()
-	return reason, c.ask("still there?")
+	return c.ask("still there?")
 }
 
 // killParent kills the process that serves after it has started its successor
@@ -297,12 +309,69 @@ func (d *daemon) killParent(l *load) error {
 	return nil
 }
 
-// stop ends the last generation, and returns when all have ended.
-func (d *daemon) stop() error {
-	if err := d.serving.Load().process.Signal(syscall.SIGTERM); err != nil {
+// takeOver starts an echod with other flags, as a new unit or container would,
+// which takes the place of the process that serves.
+func (d *daemon) takeOver() error {
+	if err := d.install(d.echod); err != nil {
 		return err
 	}
-	if _, err := d.await(`(stopping) by signal terminated`); err != nil {
+	d.taker = exec.Command(d.program, "-tcp", d.tcp, "-unix", d.unix, "-pidfile", d.pidFile, "-control", d.control, "-probation", "1m")
+	d.taker.Env = d.cmd.Env
+	d.taker.Stderr = d.stderr
+	d.taker.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pgid: d.cmd.Process.Pid} // in which the others are
+	began := time.Now()
+	if err := d.taker.Start(); err != nil {
+		d.taker = nil
+		return err
+	}
+	d.stderr.Close()
+	if err := d.ready(began); err != nil {
+		return err
+	}
+	_, err := d.await(`(upgraded) by socket`)
+	return err
+}
+
+// failProbation upgrades, and kills the successor when it has served for a
+// moment. The old process, which stands by, takes its place again.
+func (d *daemon) failProbation(l *load) (reason string, err error) {
+	old := d.serving.Load()
+	began, err := d.trigger(d.echod)
+	if err != nil {
+		return "", err
+	}
+	if err := d.ready(began); err != nil {
+		return "", err
+	}
+	victim := d.serving.Load()
+	witness, err := dial("tcp", d.tcp)
+	if err != nil {
+		return "", err
+	}
+	defer witness.Close()
+	if err := errors.Join(witness.ask("accepted?"), l.more(d.ctx, 200)); err != nil {
+		return "", err
+	}
+	if err := victim.process.Kill(); err != nil {
+		return "", err
+	}
+	if _, err := witness.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+		return "", fmt.Errorf("process %d does not die", victim.PID)
+	}
+	victim.Killed, victim.died = true, time.Now()
+	if reason, err = d.await(`(upgrade failed at .*)$`); err != nil {
+		return "", err
+	}
+	d.serving.Store(old)
+	return reason, d.servesOn()
+}
+
+// stop ends the last generation, and returns when all have ended.
+func (d *daemon) stop() error {
+	if out, err := exec.Command(d.echod, "-control", d.control, "-stop").CombinedOutput(); err != nil {
+		return fmt.Errorf("echod -stop: %w: %s", err, out)
+	}
+	if _, err := d.await(`(stopping) by socket`); err != nil {
 		return err
 	}
 	if _, err := d.await(""); err != nil {
@@ -313,12 +382,15 @@ func (d *daemon) stop() error {
 			return fmt.Errorf("%s was left: %v", path, err)
 		}
 	}
-	return d.cmd.Wait() // the first one's status
+	return errors.Join(d.cmd.Wait(), d.taker.Wait()) // each exits with status 0
 }
 
 // cleanUp ends what is left.
 func (d *daemon) cleanUp() {
 	d.standIns.Close()
+	if d.stderr != nil {
+		d.stderr.Close()
+	}
 	for open := d.cmd != nil; open; {
 		select {
 		case _, open = <-d.log:
@@ -329,8 +401,10 @@ func (d *daemon) cleanUp() {
 			_, open = <-d.log
 		}
 	}
-	if d.cmd != nil && d.cmd.ProcessState == nil {
-		_ = d.cmd.Wait()
+	for _, cmd := range []*exec.Cmd{d.cmd, d.taker} {
+		if cmd != nil && cmd.ProcessState == nil {
+			_ = cmd.Wait()
+		}
 	}
 	os.RemoveAll(d.dir)
 }

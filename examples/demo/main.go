@@ -5,9 +5,10 @@
 //
 // It builds examples/echod, runs it in a temporary directory, and keeps clients
 // connecting to it while it is replaced five times, gets a successor that
-// crashes, one that hangs and one that is missing, and is killed in the middle
-// of an upgrade. Then it prints a table and a verdict. The exit status is 1 if
-// a single request has failed.
+// crashes, one that hangs and one that is missing, is killed in the middle of
+// an upgrade, is taken over by a process that it has not started, and comes back
+// when its last successor is killed during its probation. Then it prints a table
+// and a verdict. The exit status is 1 if a single request has failed.
 package main
 
 import (
@@ -77,7 +78,7 @@ func tour(ctx context.Context) (*report, error) {
 	load.start()
 
 	r := &report{Errors: []string{}}
-	for _, step := range []string{upgrade, upgrade, crash, upgrade, hang, upgrade, missing, upgrade, killed, ""} {
+	for _, step := range []string{upgrade, upgrade, crash, upgrade, hang, upgrade, missing, upgrade, killed, takenOver, probation, ""} {
 		if err := load.more(ctx, 500); err != nil {
 			return nil, err
 		}
@@ -87,6 +88,13 @@ func tour(ctx context.Context) (*report, error) {
 			err = d.upgrade()
 		case killed:
 			err = d.killParent(load)
+		case takenOver:
+			err = d.takeOver()
+		case probation:
+			var reason string
+			reason, err = d.failProbation(load)
+			r.FailedUpgrades = append(r.FailedUpgrades, failedUpgrade{step, reason, old.Number})
+			step += "; " + reason
 		case crash, hang, missing:
 			var reason string
 			reason, err = d.fail(step)
@@ -118,6 +126,9 @@ const (
 	hang    = "the successor hangs"
 	missing = "the program is missing"
 	killed  = "the old process is killed during the upgrade"
+
+	takenOver = "a process that nobody forked takes over"
+	probation = "the successor is killed within its probation"
 )
 
 // A report is the result of the tour.
@@ -160,7 +171,7 @@ func (r *report) count(list []*generation, l *load) {
 	r.OK = r.Failed == 0
 	r.Verdict = fmt.Sprintf("all %d requests were answered", r.Answered)
 	if r.Killed > 0 {
-		r.Verdict += fmt.Sprintf("; %d more ended with the killed process, which had accepted them", r.Killed)
+		r.Verdict += fmt.Sprintf("; %d more ended with the two killed processes, which had accepted them", r.Killed)
 	}
 	if !r.OK {
 		r.Verdict = fmt.Sprintf("%d of %d requests failed", r.Failed, r.Answered+r.Failed)
@@ -194,7 +205,7 @@ func (r *report) print() {
 	}
 	for _, g := range r.Generations {
 		if g.Killed {
-			fmt.Printf("%s: requests that ended with generation %d, which had accepted them: %d\n", killed, g.Number, g.InHands)
+			fmt.Printf("generation %d was killed: requests that ended with it, which had accepted them: %d\n", g.Number, g.InHands)
 		}
 	}
 	for _, e := range r.Errors {

@@ -67,13 +67,13 @@ func TestDemo(t *testing.T) {
 	if !r.OK || r.Failed != 0 || len(r.Errors) != 0 || r.Verdict == "" || strings.Contains(stderr.String(), "\r") {
 		t.Errorf("result %s\nprogress %q", out, stderr.String())
 	}
-	if len(r.Generations) != 7 {
-		t.Fatalf("%d generations; want 7: the first, five good upgrades, the orphan", len(r.Generations))
+	if len(r.Generations) != 9 {
+		t.Fatalf("%d generations; want 9: the first, five good upgrades, the orphan, the one that takes over, the one that is killed", len(r.Generations))
 	}
 	answered := 0
 	var pids []int
 	for i, g := range r.Generations {
-		if g.Number != i || g.PID <= 0 || g.ReadyMS <= 0 || g.Answered == 0 || g.Failed != 0 || g.Killed != (i == 5) || g.InHands > 0 && !g.Killed {
+		if g.Number != i || g.PID <= 0 || g.ReadyMS <= 0 || g.Answered == 0 || g.Failed != 0 || g.Killed != (i == 5 || i == 8) || g.InHands > 0 && !g.Killed {
 			t.Errorf("generation %d: %+v", i, *g)
 		}
 		answered += g.Answered
@@ -85,7 +85,7 @@ func TestDemo(t *testing.T) {
 	want := []struct {
 		reason string
 		serves int
-	}{{"exit status 3", 2}, {"timeout", 3}, {"no such file", 4}}
+	}{{"exit status 3", 2}, {"timeout", 3}, {"no such file", 4}, {"failed at probation", 7}}
 	if len(r.FailedUpgrades) != len(want) {
 		t.Fatalf("failed upgrades: %+v", r.FailedUpgrades)
 	}

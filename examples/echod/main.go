@@ -3,21 +3,33 @@
 //
 // It is meant to be copied: put your own protocol in the place of echo.
 //
-//	echod -tcp :7000 -unix /run/echod.sock -pidfile /run/echod.pid
+//	echod -tcp :7000 -unix /run/echod.sock -pidfile /run/echod.pid -control /run/echod
 //
 // SIGHUP starts the program anew, whatever file is in its place by then. The
 // running process hands over its listening sockets, serves the clients that
 // it has, for -drain at most, and exits. SIGTERM and SIGINT stop it the same
-// way, without a successor; a second one ends it at once.
+// way, without a successor; a second one ends it at once. SIGUSR1 ends
+// accepting alone: the process exits when its clients have gone.
+//
+// With -control it can be told so by other programs, too, this one among them:
+//
+//	echod -control /run/echod -upgrade
+//	echod -control /run/echod -stop
+//
+// print how it went when it is done, and exit with status 0 or 1. An echod that
+// is started with the directory of one that runs takes everything over from
+// it: with other flags, from another unit or container.
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"log"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
 	"syscall"
 	"time"
@@ -29,26 +41,65 @@ var (
 	tcpAddr  = flag.String("tcp", "127.0.0.1:7000", "TCP `address` to listen on; empty: none")
 	unixPath = flag.String("unix", "", "`path` of a Unix socket to listen on; empty: none")
 	pidFile  = flag.String("pidfile", "", "`path` of the PID file; empty: none")
+	control  = flag.String("control", "", "existing `directory` for the control sockets; empty: none")
 	drain    = flag.Duration("drain", 30*time.Second, "longest `time` to serve connected clients after the end of accepting")
 	timeout  = flag.Duration("timeout", ecdysis.DefaultUpgradeTimeout, "longest `time` that a new process may take to become ready")
+	standBy  = flag.Duration("probation", 0, "`time` for which the old process comes back if the new one ends")
+
+	askUpgrade = flag.Bool("upgrade", false, "make the process that runs with this -control upgrade itself, and exit")
+	askStop    = flag.Bool("stop", false, "make it stop, and exit")
 )
 
 func main() {
 	flag.Parse()
 	log.SetPrefix(fmt.Sprintf("echod[%d] ", os.Getpid()))
 	log.SetFlags(log.Ltime | log.Lmicroseconds | log.Lmsgprefix)
-	if err := run(); err != nil {
+	act := run
+	if *askUpgrade || *askStop {
+		act = ask
+	}
+	if err := act(); err != nil {
 		log.Fatal(err)
 	}
 }
 
+// socket returns the path of a control socket.
+func socket(name string) string {
+	if *control == "" {
+		return ""
+	}
+	return filepath.Join(*control, name)
+}
+
+// ask is the client of a control socket.
+func ask() error {
+	name := "upgrade"
+	if *askStop {
+		name = "stop"
+	}
+	if *askUpgrade && *askStop || *control == "" || flag.NArg() > 0 {
+		return errors.New("want -control with a directory, one of -upgrade and -stop, and no arguments; see echod -h")
+	}
+	line, err := ecdysis.Request(context.Background(), socket(name))
+	if err == nil {
+		fmt.Println("ok", line)
+	}
+	return err
+}
+
 func run() error {
 	u, err := ecdysis.New(ecdysis.Options{
-		UpgradeTimeout: *timeout,
-		PIDFile:        *pidFile,
-		UpgradeSignals: []os.Signal{syscall.SIGHUP},
-		StopSignals:    []os.Signal{syscall.SIGTERM, os.Interrupt},
-		Notify:         func(e ecdysis.Event) { log.Print(e) },
+		UpgradeTimeout:     *timeout,
+		Probation:          *standBy,
+		PIDFile:            *pidFile,
+		UpgradeSignals:     []os.Signal{syscall.SIGHUP},
+		StopSignals:        []os.Signal{syscall.SIGTERM, os.Interrupt},
+		PartialStopSignals: []os.Signal{syscall.SIGUSR1},
+		UpgradeSocket:      socket("upgrade"),
+		StopSocket:         socket("stop"),
+		PartialStopSocket:  socket("partial-stop"),
+		TakeoverSocket:     socket("takeover"),
+		Notify:             func(e ecdysis.Event) { log.Print(e) },
 	})
 	if err != nil {
 		return err
@@ -84,6 +135,7 @@ func run() error {
 	}
 	u.Wait() // until replaced or stopped: from here on Accept fails
 	s.finish(*drain)
+	u.Stop() // says goodbye after a partial stop; nothing after the others
 	log.Print("all clients are served")
 	return nil
 }

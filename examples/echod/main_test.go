@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -14,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/ecdysis-go/ecdysis"
 )
 
 // patience is how long a test waits for what must happen.
@@ -34,12 +37,22 @@ type daemon struct {
 	t       *testing.T
 	cmd     *exec.Cmd
 	lines   chan string // of the log; closed when every generation has ended
+	stderr  *os.File    // where they write it
 	unix    string
 	pidFile string
+	control string
 	tcp     string
 }
 
 func start(t *testing.T, args ...string) *daemon {
+	t.Helper()
+	d := launch(t, args...)
+	d.stderr.Close()
+	return d
+}
+
+// launch is start for who has another process log to stderr, and closes it.
+func launch(t *testing.T, args ...string) *daemon {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "echod") // short, for the socket's name
 	if err != nil {
@@ -47,7 +60,10 @@ func start(t *testing.T, args ...string) *daemon {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	d := &daemon{t: t, lines: make(chan string, 1000), unix: filepath.Join(dir, "sock"), pidFile: filepath.Join(dir, "pid")}
-	args = append([]string{"-tcp", "127.0.0.1:0", "-unix", d.unix, "-pidfile", d.pidFile}, args...)
+	if d.control = filepath.Join(dir, "control"); os.Mkdir(d.control, 0o700) != nil {
+		t.Fatal("no directory for the control sockets")
+	}
+	args = append([]string{"-tcp", "127.0.0.1:0", "-unix", d.unix, "-pidfile", d.pidFile, "-control", d.control}, args...)
 	d.cmd = exec.Command(build(t), args...)
 	// A group of its own: whatever is left of it is ended with the test.
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -55,11 +71,10 @@ func start(t *testing.T, args ...string) *daemon {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.cmd.Stderr = w
+	d.cmd.Stderr, d.stderr = w, w
 	if err := d.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	w.Close()
 	go func() {
 		defer close(d.lines)
 		for s := bufio.NewScanner(r); s.Scan(); {
@@ -86,6 +101,7 @@ func start(t *testing.T, args ...string) *daemon {
 			}
 		}
 	})
+	t.Cleanup(func() { w.Close() })
 	d.tcp = d.await(`listening on tcp (\S+)`)[1]
 	return d
 }
@@ -128,9 +144,17 @@ func (d *daemon) signal(pid int, s syscall.Signal) {
 	}
 }
 
-// stop tells pid to end. A signal to stop is caught once Upgrader.Wait runs;
-// an upgrade that fails for want of a program shows that it does.
+// stop tells pid to end.
 func (d *daemon) stop(pid int) {
+	d.t.Helper()
+	d.waits(pid)
+	d.signal(pid, syscall.SIGTERM)
+	d.await(`stopping by signal terminated: pid=` + strconv.Itoa(pid))
+}
+
+// waits returns when signals to stop are caught: once Upgrader.Wait runs. An
+// upgrade that fails for want of a program shows that it does.
+func (d *daemon) waits(pid int) {
 	d.t.Helper()
 	if err := os.Remove(d.cmd.Path); err != nil {
 		d.t.Fatal(err)
@@ -141,8 +165,6 @@ func (d *daemon) stop(pid int) {
 	if named := d.pidFileNames(); named != pid {
 		d.t.Fatalf("after a failed upgrade the PID file names %d; want %d", named, pid)
 	}
-	d.signal(pid, syscall.SIGTERM)
-	d.await(`stopping by signal terminated: pid=` + strconv.Itoa(pid))
 }
 
 // pidFileNames returns the process ID in the PID file.
@@ -238,15 +260,184 @@ func TestUpgradeAndStop(t *testing.T) {
 	d.await(`echod\[` + strconv.Itoa(second) + `\] all clients are served`)
 	for range d.lines { // until it has ended
 	}
+	d.leavesNothing()
+}
+
+// leavesNothing asserts that nobody listens any more, and that all files are
+// gone.
+func (d *daemon) leavesNothing() {
+	d.t.Helper()
+	d.refuses()
 	for _, path := range []string{d.pidFile, d.unix} {
 		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("%s is left: %v", path, err)
+			d.t.Errorf("%s is left: %v", path, err)
 		}
 	}
-	if c, err := net.Dial("tcp", d.tcp); err == nil {
-		c.Close()
-		t.Error("somebody still listens")
+	if left, err := os.ReadDir(d.control); err != nil || len(left) > 0 {
+		d.t.Errorf("control sockets are left: %v, %v", left, err)
 	}
+}
+
+// refuses asserts that nobody accepts.
+func (d *daemon) refuses() {
+	d.t.Helper()
+	for _, a := range [][2]string{{"tcp", d.tcp}, {"unix", d.unix}} {
+		if c, err := net.Dial(a[0], a[1]); err == nil {
+			c.Close()
+			d.t.Errorf("somebody still listens on %s %s", a[0], a[1])
+		}
+	}
+}
+
+// ask runs echod as a client of the control sockets, which must exit with this
+// status, and returns what it prints.
+func (d *daemon) ask(flag string, status int) string {
+	d.t.Helper()
+	cmd := exec.Command(d.cmd.Path, "-control", d.control, flag)
+	out, err := cmd.CombinedOutput()
+	if cmd.ProcessState == nil || cmd.ProcessState.ExitCode() != status {
+		d.t.Fatalf("echod %s: %v; want status %d; it prints\n%s", flag, err, status, out)
+	}
+	return string(out)
+}
+
+func line(pid, generation int) string {
+	return fmt.Sprintf("ok pid=%d generation=%d\n", pid, generation)
+}
+
+// The flow of TestUpgradeAndStop, by the control sockets.
+func TestUpgradeAndStopBySocket(t *testing.T) {
+	t.Parallel()
+	d := start(t)
+	first := d.ready(0)
+	held := d.dial("tcp", d.tcp)
+	d.echo(held, "before\n")
+	got := d.ask("-upgrade", 0)
+	second := d.ready(1)
+	if got != line(second, 1) {
+		t.Fatalf("echod -upgrade prints %q; want %q", got, line(second, 1))
+	}
+	d.await(`upgraded by socket ` + d.control + `/upgrade: pid=` + strconv.Itoa(second))
+	d.serves()
+	d.echo(held, "after\n")
+	held.Close()
+	d.await(`echod\[` + strconv.Itoa(first) + `\] all clients are served`)
+
+	held = d.dial("unix", d.unix)
+	d.echo(held, "before the stop\n")
+	if got := d.ask("-stop", 0); got != line(second, 1) {
+		t.Fatalf("echod -stop prints %q; want %q", got, line(second, 1))
+	}
+	d.refuses()
+	d.await(`stopping by socket ` + d.control + `/stop: pid=` + strconv.Itoa(second))
+	d.echo(held, "after the stop\n")
+	held.Close()
+	for range d.lines { // until all have ended
+	}
+	d.leavesNothing()
+	if out := d.ask("-stop", 1); !strings.Contains(out, "no such file") {
+		t.Errorf("echod -stop with nobody there prints %q", out)
+	}
+}
+
+// A partial stop ends accepting, and the process when its clients have gone.
+func TestPartialStop(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		by  string
+		act func(d *daemon, pid int)
+	}{
+		{"signal user defined signal 1", func(d *daemon, pid int) {
+			d.waits(pid)
+			d.signal(pid, syscall.SIGUSR1)
+		}},
+		{"socket \\S+/partial-stop", func(d *daemon, pid int) {
+			got, err := ecdysis.Request(t.Context(), filepath.Join(d.control, "partial-stop"))
+			if want := fmt.Sprintf("pid=%d generation=1", pid); got != want || err != nil {
+				t.Errorf("request: %q, %v; want %q", got, err, want)
+			}
+		}},
+	} {
+		t.Run(strings.Fields(c.by)[0], func(t *testing.T) {
+			t.Parallel()
+			d := start(t)
+			d.ready(0)
+			d.ask("-upgrade", 0)
+			pid := d.ready(1)
+			held := d.dial("tcp", d.tcp)
+			d.echo(held, "before\n")
+			c.act(d, pid)
+			d.await(`partial stop by ` + c.by + `: pid=` + strconv.Itoa(pid))
+			d.echo(held, "after\n")
+			held.Close()
+			d.await(`stopping: pid=` + strconv.Itoa(pid))
+			for range d.lines {
+			}
+			d.leavesNothing()
+		})
+	}
+}
+
+// The line of a client says why an upgrade has failed.
+func TestFailedUpgradeBySocket(t *testing.T) {
+	t.Parallel()
+	d := start(t)
+	pid := d.ready(0)
+	script := []byte("#!/bin/sh\necho not today >&2\nexit 7\n")
+	next := d.cmd.Path + ".new"
+	client := d.cmd.Path + ".client"
+	if err := os.Link(d.cmd.Path, client); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.WriteFile(next, script, 0o755), os.Rename(next, d.cmd.Path)); err != nil {
+		t.Fatal(err)
+	}
+	d.cmd.Path = client
+	if out := d.ask("-upgrade", 1); !regexp.MustCompile(`upgrade failed at init: successor \d+ \(exit status 7\): it ended`).MatchString(out) {
+		t.Errorf("echod -upgrade prints %q", out)
+	}
+	d.serves()
+	if got := d.ask("-stop", 0); got != line(pid, 0) {
+		t.Errorf("echod -stop prints %q; want %q", got, line(pid, 0))
+	}
+}
+
+// Another echod, with other flags, takes the first one's place, and gives it
+// back within its probation if it ends.
+func TestTakeover(t *testing.T) {
+	t.Parallel()
+	d := launch(t, "-probation", "1m")
+	first := d.ready(0)
+	second := exec.Command(d.cmd.Path, "-tcp", d.tcp, "-unix", d.unix, "-pidfile", d.pidFile, "-control", d.control, "-drain", "1s")
+	second.Stderr = d.stderr
+	second.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pgid: first}
+	if err := second.Start(); err != nil {
+		t.Fatal(err)
+	}
+	d.stderr.Close()
+	if pid := d.ready(1); pid != second.Process.Pid {
+		t.Fatalf("process %d is ready; want %d", pid, second.Process.Pid)
+	}
+	d.serves()
+	if named := d.pidFileNames(); named != second.Process.Pid {
+		t.Fatalf("the PID file names %d; want %d", named, second.Process.Pid)
+	}
+	if err := second.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = second.Wait()
+	d.await(`resumed by socket ` + d.control + `/takeover: pid=` + strconv.Itoa(first))
+	d.await(`failed at probation`)
+	d.serves()
+	if named := d.pidFileNames(); named != first {
+		t.Fatalf("the PID file names %d; want %d", named, first)
+	}
+	if got := d.ask("-stop", 0); got != line(first, 0) {
+		t.Errorf("echod -stop prints %q; want %q", got, line(first, 0))
+	}
+	for range d.lines {
+	}
+	d.leavesNothing()
 }
 
 // A client that stays does not keep the old process alive for ever.
@@ -303,6 +494,9 @@ func TestBadFlags(t *testing.T) {
 		{[]string{"-tcp", ""}, "neither -tcp nor -unix"},
 		{[]string{"extra"}, "no arguments beside the flags"},
 		{[]string{"-drain", "-1s"}, "not negative"},
+		{[]string{"-upgrade"}, "want -control"},
+		{[]string{"-upgrade", "-stop", "-control", "/tmp"}, "one of -upgrade and -stop"},
+		{[]string{"-control", "/nonexistent"}, "no such file or directory"},
 		{[]string{"-timeout", "-1s"}, "UpgradeTimeout"},
 		{[]string{"-tcp", "127.0.0.1:none"}, "127.0.0.1:none"},
 	} {
