@@ -53,6 +53,47 @@ func explain(err error) string {
 	}
 }
 
+// The client of a control socket, as a unit's ExecReload or a script would run
+// it: it prints what the daemon says, when the upgrade is done.
+func ExampleRequest() {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	line, err := ecdysis.Request(ctx, socketDir+"/upgrade")
+	if err != nil {
+		log.Fatal(err) // the daemon serves on
+	}
+	fmt.Println("replaced by", line) // pid=4711 generation=1
+}
+
+// socketDir is where the examples have their control sockets.
+var socketDir = "/run/echo"
+
+// A daemon that is told by control sockets what to do. Started a second time, it
+// takes everything over from the one that runs.
+func ExampleUpgrader_Wait() {
+	u, err := ecdysis.New(ecdysis.Options{
+		UpgradeSocket:     socketDir + "/upgrade",
+		StopSocket:        socketDir + "/stop",
+		PartialStopSocket: socketDir + "/partial-stop",
+		TakeoverSocket:    socketDir + "/takeover",
+		MaxDraining:       2, // with the process that serves, three at most
+		Notify:            func(e ecdysis.Event) { log.Print(e) },
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := u.Ready(); err != nil {
+		log.Fatal(err)
+	}
+	switch e := u.Wait(); e.Kind {
+	case ecdysis.EventUpgraded:
+		log.Printf("process %d serves", e.PID)
+	case ecdysis.EventPartialStop:
+		log.Print("the last clients are served")
+		u.Stop() // which a partial stop leaves to the program
+	}
+}
+
 // An UpgradeError tells how far the attempt came and what ended it.
 func ExampleUpgradeError() {
 	// As Upgrade returns them.

@@ -2,6 +2,7 @@ package ecdysis_test
 
 import (
 	"bufio"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -18,6 +19,7 @@ import (
 func init() {
 	for name, example := range map[string]func(){
 		"":              Example,
+		" wait":         ExampleUpgrader_Wait,
 		" packet":       ExampleUpgrader_ListenPacket,
 		" seqpacket":    ExampleUpgrader_ListenSeqpacket,
 		" conn":         ExampleUpgrader_AddConn,
@@ -26,9 +28,11 @@ func init() {
 		" pair":         ExampleUpgrader_DatagramPair,
 		" state":        ExampleUpgrader_State,
 		" unregistered": ExampleUpgrader_Unregistered,
+		" request":      ExampleRequest,
 	} {
 		roles["example"+name] = func() {
 			address, exampleDir = "127.0.0.1:0", os.Getenv(exampleDirVar)
+			socketDir = exampleDir
 			example()
 		}
 	}
@@ -394,4 +398,32 @@ func TestExampleUnregistered(t *testing.T) {
 	e := runExample(t, " unregistered")
 	e.await(`not handed on: (tcp 127\.0\.0\.1:\d+ \(descriptor \d+\))`)
 	e.ready(0)
+}
+
+// The daemon of the example is told by its sockets, and taken over.
+func TestExampleWait(t *testing.T) {
+	t.Parallel()
+	e := runExample(t, " wait")
+	e.ready(0)
+	client := exec.Command(e.path, "-test.run=^$")
+	client.Env = append(os.Environ(), roleVar+"=example request", exampleDirVar+"="+e.dir)
+	out, err := client.CombinedOutput()
+	second := e.ready(1)
+	if want := fmt.Sprintf("replaced by pid=%d generation=1\n", second.Pid); err != nil || string(out) != want {
+		t.Fatalf("the client prints %q, %v; want %q", out, err, want)
+	}
+	e.await(`(process ` + strconv.Itoa(second.Pid) + ` serves)`)
+	taker := exec.Command(e.path, "-test.run=^$")
+	taker.Env = append(os.Environ(), roleVar+"=example wait", exampleDirVar+"="+e.dir)
+	stderr := new(lockedBuffer)
+	taker.Stderr = stderr
+	if err := taker.Start(); err != nil {
+		t.Fatal(err)
+	}
+	e.await(`(process ` + strconv.Itoa(taker.Process.Pid) + ` serves)`)
+	want := fmt.Sprintf("pid=%d generation=2", taker.Process.Pid)
+	asked(t, filepath.Join(e.dir, "partial-stop"), want)
+	if err := taker.Wait(); err != nil || !strings.Contains(stderr.String(), "stopping: "+want) {
+		t.Errorf("the one that takes over ends with %v; its log:\n%s", err, stderr)
+	}
 }
