@@ -384,6 +384,9 @@ func (u *Upgrader) begin() (err error) {
 		if hello, err = u.parent.read(deadline); err != nil {
 			return fmt.Errorf("the older process said nothing: %w", err)
 		}
+		if err = checkHello(hello); err != nil {
+			return err
+		}
 	} else if path := u.opts.TakeoverSocket; path != "" {
 		deadline = time.Now().Add(u.opts.UpgradeTimeout)
 		if u.parent, hello, err = takeOverAt(path, deadline); err != nil {

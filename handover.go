@@ -588,15 +588,17 @@ func checkVersion(f frame) error {
 	return nil
 }
 
+// checkHello checks the first frame of an older process.
+func checkHello(f frame) error {
+	if f.kind != frameHello {
+		return fmt.Errorf("the older process began with a frame %q; want %q: it does not speak this protocol", f.kind, frameHello)
+	}
+	return checkVersion(f)
+}
+
 // inherit takes what the older process hands on, after its first frame. The
 // zero deadline is none.
 func (u *Upgrader) inherit(f frame, deadline time.Time) error {
-	if f.kind != frameHello {
-		return fmt.Errorf("the older process began with a frame %q; want %q", f.kind, frameHello)
-	}
-	if err := checkVersion(f); err != nil {
-		return err
-	}
 	generation, err := strconv.Atoi(f.first("generation"))
 	if err != nil || generation < 0 {
 		return fmt.Errorf("the older process says that its generation is %q; want a number", f.first("generation"))
@@ -816,7 +818,7 @@ func (u *Upgrader) attempt(t trigger) error {
 	defer u.stopPending()
 	defer func() {
 		if !over { // a hook has panicked or ended the goroutine
-			_ = a.fail(errors.New("a hook did not return"))
+			t.refuse(a.fail(errors.New("a hook did not return")))
 		}
 	}()
 	u.notify(a.event(EventUpgrading))

@@ -126,6 +126,18 @@ func (e *entry) removeFile() {
 	}
 }
 
+// rename makes path the one by which e's file is found, if that is where it is
+// and the earlier one, which may be another mount namespace's, leads nowhere.
+func (e *entry) rename(path string) {
+	var st unix.Stat_t
+	is := func(path string) bool {
+		return unix.Lstat(path, &st) == nil && uint64(st.Dev) == e.dev && uint64(st.Ino) == e.ino
+	}
+	if !is(e.path) && is(path) {
+		e.path = path
+	}
+}
+
 // A registry is what this process holds and what it has inherited. It is
 // guarded by Upgrader.mu.
 type registry struct {
@@ -210,6 +222,7 @@ func (r *registry) claimPlace(p *place) *entry {
 	for _, e := range r.inherited {
 		if !e.claimed && sameFile(e) {
 			e.claimed = true
+			e.rename(p.path)
 			return e
 		}
 	}

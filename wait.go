@@ -119,7 +119,7 @@ type control struct {
 	*listener
 	u       *Upgrader
 	path    string
-	act     func(c *control, t trigger, running *sync.WaitGroup)
+	option  socketOption
 	serving sync.Mutex
 
 	mu     sync.Mutex
@@ -140,15 +140,16 @@ type socketOption struct {
 	act  func(*control, trigger, *sync.WaitGroup)
 	// late: in a handover it accepts until the successor serves, so that
 	// who comes during an upgrade is told so, and does not begin the next.
-	late bool
+	late     bool
+	takeover bool // its clients speak the protocol, the others' wait for a line
 }
 
 func (o *Options) sockets() []socketOption {
 	return []socketOption{
-		{"UpgradeSocket", &o.UpgradeSocket, (*control).upgrade, true},
-		{"StopSocket", &o.StopSocket, (*control).stop, false},
-		{"PartialStopSocket", &o.PartialStopSocket, (*control).partialStop, false},
-		{"TakeoverSocket", &o.TakeoverSocket, (*control).handOver, true},
+		{"UpgradeSocket", &o.UpgradeSocket, (*control).upgrade, true, false},
+		{"StopSocket", &o.StopSocket, (*control).stop, false, false},
+		{"PartialStopSocket", &o.PartialStopSocket, (*control).partialStop, false, false},
+		{"TakeoverSocket", &o.TakeoverSocket, (*control).handOver, true, true},
 	}
 }
 
@@ -189,7 +190,7 @@ func (u *Upgrader) openControls() error {
 		}
 		l := s.(*listener)
 		l.e.late = o.late
-		u.controls = append(u.controls, &control{listener: l, u: u, path: *o.path, act: o.act})
+		u.controls = append(u.controls, &control{listener: l, u: u, path: *o.path, option: o})
 	}
 	return nil
 }
@@ -210,11 +211,18 @@ func (c *control) serve(running *sync.WaitGroup) {
 			return
 		}
 		client := conn.(*net.UnixConn)
+		t := trigger{socket: c.path, conn: client}
+		if c.option.takeover {
+			t.conn = nil
+			if t.taker, err = streamOn(client); err != nil { // closed by now
+				continue
+			}
+		}
 		if err := trusted(client); err != nil {
-			answer(client, "error: "+err.Error())
+			t.refuse(err)
 			continue
 		}
-		c.act(c, trigger{socket: c.path, conn: client}, running)
+		c.option.act(c, t, running)
 	}
 }
 
@@ -315,8 +323,7 @@ func answer(c *net.UnixConn, line string) {
 // handOver lets a client of the takeover socket say what it wants, and then
 // lets it take over.
 func (c *control) handOver(t trigger, running *sync.WaitGroup) {
-	conn := t.conn
-	t.conn = nil
+	conn := t.taker.conn
 	c.mu.Lock()
 	if len(c.silent) == maxSilent {
 		c.silent[0].Close()
@@ -325,15 +332,13 @@ func (c *control) handOver(t trigger, running *sync.WaitGroup) {
 	c.silent = append(c.silent, conn)
 	c.mu.Unlock()
 	running.Go(func() {
-		s, err := streamOn(conn)
-		if err != nil { // closed by now
-			return
-		}
-		t.taker = s
-		err = s.hearTake()
+		err := t.taker.hearTake()
 		c.mu.Lock()
 		c.silent = slices.DeleteFunc(c.silent, func(s *net.UnixConn) bool { return s == conn })
 		c.mu.Unlock()
+		if err == nil && t.taker.atEnd() {
+			err = io.EOF // it has come while this process did not look, and has gone
+		}
 		if err == nil {
 			if err = c.u.beginUpgrade(t); err == nil {
 				_ = c.u.attempt(t)
@@ -435,10 +440,14 @@ func dialControl(ctx context.Context, path string) (*net.UnixConn, error) {
 func takeOverAt(path string, deadline time.Time) (*stream, frame, error) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
+	const late = "the process that listens there has not answered in time (Options.UpgradeTimeout)"
 	for tries := 1; ; tries++ {
 		c, err := dialControl(ctx, path)
 		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
 			return nil, frame{}, nil
+		}
+		if err == context.DeadlineExceeded { // so many wait there already
+			return nil, frame{}, fmt.Errorf("%s: %w", late, os.ErrDeadlineExceeded)
 		}
 		if err != nil {
 			return nil, frame{}, err
@@ -447,10 +456,9 @@ func takeOverAt(path string, deadline time.Time) (*stream, frame, error) {
 		if err == nil {
 			return s, f, nil
 		}
-		c.Close()
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			return nil, frame{}, fmt.Errorf("the process that listens there has not answered in time (Options.UpgradeTimeout): %w", err)
+			return nil, frame{}, fmt.Errorf("%s: %w", late, err)
 		case err != io.EOF:
 			return nil, frame{}, err
 		case tries == 100:
@@ -461,22 +469,34 @@ func takeOverAt(path string, deadline time.Time) (*stream, frame, error) {
 	}
 }
 
-// askFor says TAKE and returns what is said in return, if that is HELLO.
+// askFor says TAKE and returns what is said in return, if that is HELLO. It
+// takes c over, or closes it.
 func askFor(c *net.UnixConn, deadline time.Time) (*stream, frame, error) {
-	if err := trusted(c); err != nil {
-		return nil, frame{}, err
-	}
 	s, err := streamOn(c)
 	if err != nil {
 		return nil, frame{}, err
 	}
-	s.inherits = true
-	if err := s.send(frameTake, []record{{"version=" + protocolVersion}}, nil); err != nil {
+	if err := trusted(c); err != nil {
+		s.close()
 		return nil, frame{}, err
 	}
-	f, err := s.read(deadline)
+	s.inherits = true
+	// Who hangs up at once may have said why.
+	err = s.send(frameTake, []record{{"version=" + protocolVersion}}, nil)
+	var f frame
+	if err == nil || err == io.EOF {
+		f, err = s.read(deadline)
+	}
 	if err == nil && f.kind == frameFail {
 		err = fmt.Errorf("the process that serves there refuses: %s", f.first("reason"))
+	} else if err == nil {
+		if err = checkHello(f); err != nil {
+			s.sendFail(err)
+		}
 	}
-	return s, f, err
+	if err != nil {
+		s.close()
+		return nil, f, err
+	}
+	return s, f, nil
 }
