@@ -1,11 +1,18 @@
 package ecdysis_test
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"net"
+	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/ecdysis-go/ecdysis"
 )
@@ -13,6 +20,222 @@ import (
 // Takeover: a process that nobody forked gets everything from the one that
 // serves. Each of these processes is started by the test, which is no part of
 // the chain.
+
+// frameOf is a frame of one record, as docs/design.md has it.
+func frameOf(kind byte, fields ...string) string {
+	var b strings.Builder
+	for _, f := range fields {
+		for n := len(f); ; n >>= 7 {
+			if n < 0x80 {
+				b.WriteByte(byte(n))
+				break
+			}
+			b.WriteByte(byte(n) | 0x80)
+		}
+		b.WriteString(f)
+	}
+	if len(fields) > 0 {
+		b.WriteByte(0)
+	}
+	n := b.Len()
+	return string([]byte{kind, byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)}) + b.String()
+}
+
+// readFrame returns the next frame and its bytes. Descriptors that come with
+// it are discarded.
+func readFrame(r io.Reader) (kind byte, payload string, err error) {
+	var h [5]byte
+	if _, err := io.ReadFull(r, h[:]); err != nil {
+		return 0, "", err
+	}
+	b := make([]byte, int(h[1])<<24|int(h[2])<<16|int(h[3])<<8|int(h[4]))
+	_, err = io.ReadFull(r, b)
+	return h[0], string(b), err
+}
+
+// A peer is one end of a conversation that the test itself leads, frame by
+// frame.
+type peer struct {
+	t *testing.T
+	c net.Conn
+}
+
+// dials connects to a takeover socket.
+func dials(t *testing.T, path string) *peer {
+	t.Helper()
+	c, err := net.DialTimeout("unix", path, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	_ = c.SetDeadline(time.Now().Add(patience))
+	return &peer{t, c}
+}
+
+// asks connects and says TAKE.
+func asks(t *testing.T, path string) *peer {
+	t.Helper()
+	p := dials(t, path)
+	say(t, p.c, takeFrame)
+	return p
+}
+
+var takeFrame = frameOf('T', "version=1")
+
+// hears reads to the next frame of this kind, and returns what is in it.
+func (p *peer) hears(kind byte) string {
+	p.t.Helper()
+	for heard := ""; ; {
+		k, payload, err := readFrame(p.c)
+		if err != nil {
+			p.t.Fatalf("the other end said %q and then: %v; want a frame %q", heard, err, kind)
+		}
+		if k == kind {
+			return payload
+		}
+		heard += string(k)
+	}
+}
+
+// refused asserts that this reason is all that the other end still says.
+func (p *peer) refused(says string) {
+	p.t.Helper()
+	k, reason, err := readFrame(p.c)
+	if err != nil || k != 'F' || !strings.Contains(reason, "reason=") || !strings.Contains(reason, says) {
+		p.t.Fatalf("the other end says %q %q, %v; want a refusal that says %q", k, reason, err, says)
+	}
+	p.hungUp()
+}
+
+// hungUp asserts that the other end says no more.
+func (p *peer) hungUp() {
+	p.t.Helper()
+	k, payload, err := readFrame(p.c)
+	if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		p.t.Fatalf("the other end says %q %q, %v; want that it hangs up", k, payload, err)
+	}
+}
+
+func init() {
+	// A process that takes over frame by frame, as the test says.
+	roles["taker"] = func() {
+		d := &daemon{cmds: make(chan command)}
+		d.dial()
+		d.point("taker")
+		var conn net.Conn
+		for c := range d.cmds {
+			var m message
+			var err error
+			switch c.Verb {
+			case "dial":
+				conn, err = net.Dial("unix", c.Args[0])
+			case "say":
+				_, err = io.WriteString(conn, frameOf(c.Args[0][0], c.Args[1:]...))
+			case "hear":
+				err = readUntil(conn, c.Args[0][0])
+			}
+			m.ID, m.Err = c.ID, toErrMsg(err)
+			d.send(m)
+		}
+	}
+	// The next attempt is vetoed by Prepare.
+	verbs["veto"] = func(d *daemon, c command) message {
+		d.prep.Store(&command{Args: []string{"veto"}})
+		return message{}
+	}
+	// A hook ends its goroutine.
+	verbs["goexit"] = func(*daemon, command) message {
+		runtime.Goexit()
+		return message{}
+	}
+	// A first call of New that must fail; the second is the daemon's own.
+	adjust = append(adjust, func(d *daemon, o *ecdysis.Options) {
+		if d.spec.Extra["New twice"] == "" {
+			return
+		}
+		_, err := ecdysis.New(*o)
+		d.send(message{At: "first New", Err: toErrMsg(err)})
+		if err == nil {
+			fatal(errors.New("the first New has succeeded"))
+		}
+		d.point("first New failed")
+	})
+}
+
+// taker starts a process that the test leads.
+func (h *hub) taker() *proc {
+	h.t.Helper()
+	p := h.start(func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, roleVar+"=taker") })
+	p.at("taker")
+	p.does("dial", h.take())
+	return p
+}
+
+// does gives p a command that must succeed.
+func (p *proc) does(verb string, args ...string) {
+	p.t.Helper()
+	if m := p.call(verb, args...); m.Err != nil {
+		p.t.Fatalf("process %d: %s %q: %+v", p.pid, verb, args, m.Err)
+	}
+}
+
+// says asserts that an error says all of this, and is that.
+func (e *errMsg) says(t *testing.T, is string, says ...string) {
+	t.Helper()
+	if e == nil || is != "" && !slices.Contains(e.Is, is) {
+		t.Errorf("error %+v; want one that is %q and says %q", e, is, says)
+		return
+	}
+	for _, s := range says {
+		if !strings.Contains(e.Text, s) {
+			t.Errorf("error %+v; want that it says %q", e, s)
+		}
+	}
+}
+
+// turnedAway starts a process whose New must fail so.
+func (h *hub) turnedAway(is string, says ...string) {
+	h.t.Helper()
+	n := h.start()
+	n.at("new failed").Err.says(h.t, is, says...)
+	n.ended()
+}
+
+// hasFailed asserts that the attempt that failed as p's n-th, from 0, came by
+// the takeover socket and failed at this step.
+func (p *proc) hasFailed(n int, step string, says ...string) {
+	p.t.Helper()
+	e := p.event(ecdysis.EventUpgradeFailed, n)
+	if e.Socket != p.h.take() {
+		p.t.Errorf("event %+v; want one by %s", e, p.h.take())
+	}
+	if step != "" {
+		says = append(says, "upgrade failed at "+step+":")
+	}
+	(&errMsg{Text: e.Err}).says(p.t, "", says...)
+}
+
+// settles returns when p has the descriptors and the goroutines that it had
+// before: of what runs in Wait the last words may come before the end.
+func (p *proc) settles(before func(*proc) string) func() {
+	want := before(p)
+	return func() {
+		p.t.Helper()
+		now := ""
+		for end := time.Now().Add(patience / 4); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			if now = before(p); now == want {
+				return
+			}
+		}
+		p.t.Errorf("process %d has %s; before: %s", p.pid, now, want)
+	}
+}
+
+// holdings is what p has: descriptors and goroutines.
+func (p *proc) holdings() string {
+	p.t.Helper()
+	return strings.Join(append(p.call("fds").Text, p.call("goroutines").Text...), ", ")
+}
 
 // taking is a daemon that takes over in the hub's directory, has all that
 // bothSpec has, and waits to be taken over.
@@ -171,7 +394,9 @@ func TestTakeoverAgain(t *testing.T) {
 		l.more(20)
 		var n *proc
 		if generation%3 == 0 {
-			n = p.upgrade()
+			p.begin(command{Verb: "upgrade"})
+			n = h.proc()
+			n.at("serving")
 			p.ended()
 		} else {
 			n = h.serving()
@@ -209,4 +434,177 @@ func TestTakeoverColdStart(t *testing.T) {
 	n.is(1)
 	p.replaced(n, 1)
 	n.serves()
+}
+
+// Who comes at the wrong time, or with the wrong words, is told why, and hinders
+// nobody.
+func TestTakeoverRefused(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	h.next(h.taking())
+	p := h.serving()
+	unchanged := p.settles((*proc).holdings)
+
+	say := func(text string) *peer {
+		q := dials(t, h.take())
+		say(t, q.c, text)
+		return q
+	}
+	say(frameOf('T', "version=2")).refused(`version "2"`)
+	say(frameOf('T')).refused(`version ""`)
+	say(frameOf('H', "version=1")).refused(`a frame 'H'`)
+	say("GET / HTTP/1.1\r\n\r\n").refused("does not speak this protocol")
+	say("T\x00\x00\x00\x02\x05a").refused("does not speak this protocol")
+	q := dials(t, h.take()) // the first byte with descriptors
+	f, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := ecdysis.WriteFiles(q.c.(*net.UnixConn), []byte(takeFrame), f); err != nil {
+		t.Fatal(err)
+	}
+	q.refused("descriptors")
+	for _, part := range []string{"", "T", takeFrame[:len(takeFrame)-1]} {
+		say(part).c.Close()
+	}
+	p.hasEvents() // none of these has begun anything
+	unchanged()
+
+	// Prepare's word.
+	p.call("veto")
+	h.next(h.taking())
+	h.turnedAway("", h.take(), "refuses", "vetoed")
+	p.hasFailed(0, "prepare", "vetoed")
+	unchanged()
+	p.serves()
+	p.hasPIDFile()
+	n := h.serving()
+	p.replaced(n, 1)
+	n.serves()
+}
+
+// A hook that ends its goroutine leaves nobody waiting.
+func TestTakeoverHookGone(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	h.next(h.taking().do("event upgrading", "call goexit"), h.taking())
+	p := h.serving()
+	h.turnedAway("", "refuses", "a hook did not return")
+	p.serves()
+}
+
+// silent clients are not served before those who have something to say, and
+// take no more of the process than a few descriptors.
+func TestTakeoverSilentClients(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	h.next(h.taking())
+	p := h.serving()
+	before := len(p.call("fds").Text)
+	unchanged := p.settles((*proc).holdings)
+	var list []*peer
+	for range 300 {
+		list = append(list, dials(t, h.take()))
+	}
+	const most = 32
+	for _, q := range list[:len(list)-most] {
+		q.hungUp() // its place was taken
+	}
+	if n := len(p.call("fds").Text); n > before+most+1 {
+		t.Errorf("%d descriptors beside a few hundred silent clients, %d before", n, before)
+	}
+	p.hasEvents()
+	p.serves()
+	q := asks(t, h.take()) // in the place of another one
+	q.hears('E')
+	q.c.Close()
+	p.hasFailed(0, "init", "ended without")
+	for _, q := range list {
+		q.c.Close()
+	}
+	unchanged()
+	// And they do not keep the process from ending.
+	for range 3 {
+		list = append(list, dials(t, h.take()))
+	}
+	n := h.serving()
+	p.replaced(n, 1)
+	for _, q := range list[len(list)-3:] {
+		q.hungUp()
+	}
+	n.serves()
+}
+
+// Two at once: one wins, and the other one is told, and may call New again.
+func TestTwoTakers(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	s := h.taking()
+	late := s.do("first New failed", "hold")
+	late.Extra = map[string]string{"New twice": "yes"}
+	h.next(s, s.do("new", "hold"), late, s)
+	p := h.serving()
+	l := startLoad(t, 1, false, p.list()...)
+	n := h.start()
+	n.at("new")
+	m := h.start()
+	m.at("first New").Err.says(t, "", h.take(), "refuses", ecdysis.ErrInProgress.Error())
+	p.hasFailed(0, "", ecdysis.ErrInProgress.Error())
+	h.turnedAway("", ecdysis.ErrInProgress.Error())
+	l.more(10)
+	p.serves()
+	n.resume()
+	n.at("serving")
+	p.replaced(n, 1)
+	p.hasEvents(ecdysis.EventUpgrading, ecdysis.EventUpgradeFailed, ecdysis.EventUpgradeFailed, ecdysis.EventHandover, ecdysis.EventUpgraded)
+	m.resume()
+	m.at("serving")
+	m.is(2)
+	n.replaced(m, 2)
+	m.serves()
+	l.check()
+}
+
+// So is one that comes during an upgrade, up to the end of its probation.
+func TestTakerDuringUpgrade(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	s := h.taking()
+	h.next(s.probation(time.Hour), s.do("new", "hold"), s)
+	p := h.serving()
+	l := startLoad(t, 1, false, p.list()...)
+	p.begin(command{Verb: "upgrade"})
+	n := h.proc()
+	n.at("new")
+	h.turnedAway("", "refuses", ecdysis.ErrInProgress.Error())
+	p.hasFailed(0, "", ecdysis.ErrInProgress.Error())
+	n.resume()
+	n.at("serving")
+	h.turnedAway("", "refuses", ecdysis.ErrInProgress.Error())
+	n.hasFailed(0, "", ecdysis.ErrInProgress.Error())
+	n.serves()
+	p.kill() // which ends the probation
+	g := h.serving()
+	g.is(2)
+	n.replaced(g, 2)
+	g.serves()
+	l.check()
+}
+
+// One that comes before Ready waits for it.
+func TestTakerBeforeReady(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	h.next(h.taking().do("listened", "hold"))
+	p := h.start()
+	p.at("listened")
+	q := asks(t, h.take())
+	p.resume()
+	q.hears('E')
+	p.event(ecdysis.EventUpgrading, 0)
+	p.at("serving")
+	q.c.Close()
+	p.hasFailed(0, "init", "ended without")
+	p.serves()
 }
