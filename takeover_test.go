@@ -608,3 +608,176 @@ func TestTakerBeforeReady(t *testing.T) {
 	p.hasFailed(0, "init", "ended without")
 	p.serves()
 }
+
+// The new one dies at each step: the old one serves on, says why the attempt
+// failed, and is taken over by the next.
+func TestTakerDies(t *testing.T) {
+	t.Parallel()
+	says := func(n *proc, frame string) { n.does("say", frame, "version=1", fmt.Sprint("pid=", n.pid)) }
+	const gone = "ended without a call of Ready or Fail"
+	for name, d := range map[string]struct {
+		step, says string               // of the failed attempt
+		hold       string               // the point at which the taker holds; "": the test leads it
+		old        string               // the point at which the old one holds
+		until      func(p, taker *proc) // brings them to the step
+	}{
+		"silent":              {until: func(p, n *proc) {}},
+		"before HELLO":        {step: "start", old: "event upgrading", until: func(p, n *proc) { says(n, "T") }},
+		"in Prepare":          {step: "start", old: "prepare", until: func(p, n *proc) { says(n, "T") }},
+		"after HELLO":         {step: "init", says: gone, until: func(p, n *proc) { says(n, "T"); n.does("hear", "H") }},
+		"during the transfer": {step: "init", says: gone, until: func(p, n *proc) { says(n, "T"); n.does("hear", "S") }},
+		"after END":           {step: "init", says: gone, until: func(p, n *proc) { says(n, "T"); n.does("hear", "E") }},
+		"after ACK":           {step: "init", says: gone, until: func(p, n *proc) { says(n, "T"); n.does("hear", "E"); says(n, "K") }},
+		"after New":           {step: "init", says: gone, hold: "new"},
+		"before READY":        {step: "init", says: gone, hold: "listened"},
+		"before COMMIT":       {step: "handover", old: "event handover", hold: "none"},
+		"after COMMIT":        {step: "handover", hold: "event ready"},
+		"before DONE": {step: "handover", until: func(p, n *proc) {
+			says(n, "T")
+			n.does("hear", "E")
+			says(n, "K")
+			says(n, "R")
+			n.does("hear", "C")
+		}},
+		"in probation": {step: "probation", hold: "serving"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHub(t)
+			first, next := h.taking(), h.taking()
+			if d.old != "" {
+				first = first.do(d.old, "call holdonce")
+			}
+			if d.step == "probation" {
+				first.Options.Probation = time.Hour
+			}
+			if d.hold != "" {
+				next = next.do(d.hold, "hold")
+			}
+			h.next(first, next)
+			p := h.serving()
+			unchanged := p.settles((*proc).holdings)
+			l := startCrashLoad(t, p.list())
+			var n *proc
+			switch d.hold {
+			case "":
+				n = h.taker()
+				d.until(p, n)
+			case "none":
+				n = h.start()
+			default:
+				n = h.start()
+				n.at(d.hold)
+			}
+			if d.old != "" {
+				p.at(d.old)
+			}
+			n.kill()
+			if d.old != "" {
+				p.call("release")
+			}
+			switch d.step {
+			case "":
+				p.hasEvents()
+			case "start", "init":
+				p.hasFailed(0, d.step, d.says, fmt.Sprint("successor ", n.pid, ": "))
+				p.hasEvents(ecdysis.EventUpgrading, ecdysis.EventUpgradeFailed)
+			default:
+				p.hasFailed(0, d.step, d.says, fmt.Sprint("successor ", n.pid, ": "))
+				p.hasEvents(ecdysis.EventUpgrading, ecdysis.EventHandover, ecdysis.EventResumed, ecdysis.EventUpgradeFailed)
+			}
+			l.more(10)
+			if l.end(); d.step != "probation" && l.cut.Load() > 0 {
+				t.Errorf("%d connections were cut", l.cut.Load())
+			}
+			l.check(2)
+			p.serves()
+			p.hasPIDFile()
+			h.hasFiles("pid", "sock", "take")
+			unchanged()
+
+			h.next(h.taking())
+			again := startLoad(t, 1, false, p.list()...)
+			again.more(10)
+			g := h.serving()
+			again.more(10)
+			again.check()
+			g.is(1)
+			g.inherits(p)
+			g.hasPIDFile()
+			if d.step == "probation" {
+				g.begin(command{Verb: "stop"}) // which ends it
+			}
+			p.replaced(g, 1)
+		})
+	}
+}
+
+// The old one dies at each step: until it has handed all on, the new one is a
+// first process; from then on it is the successor, and serves.
+func TestTakenDies(t *testing.T) {
+	t.Parallel()
+	for name, d := range map[string]struct {
+		old       string // where the old one kills itself
+		hold      string // where the new one holds until the old one is killed
+		probation bool
+		cold      bool
+	}{
+		"before HELLO":  {old: "event upgrading", cold: true},
+		"in Prepare":    {old: "prepare", cold: true},
+		"after New":     {hold: "new"},
+		"before READY":  {hold: "listened"},
+		"before COMMIT": {old: "event handover"},
+		"before DONE":   {hold: "event ready"},
+		"in probation":  {hold: "serving", probation: true},
+		"after FINAL":   {old: "event upgraded"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHub(t)
+			first, next := h.taking(), h.taking()
+			if d.old != "" {
+				first = first.do(d.old, "kill")
+			}
+			if d.hold != "" {
+				next = next.do(d.hold, "hold")
+			}
+			if d.probation {
+				first.Options.Probation = time.Hour
+			}
+			h.next(first, next, h.taking())
+			p := h.serving()
+			var l *crashLoad
+			if !d.cold { // in which there is a moment without anybody
+				l = startCrashLoad(t, p.list())
+				l.more(10)
+			}
+			n := h.start()
+			if d.hold != "" {
+				n.at(d.hold)
+				p.kill()
+				n.resume()
+			}
+			n.at("serving")
+			p.ended()
+			if d.cold {
+				n.is(0)
+			} else {
+				n.is(1)
+				n.inherits(p)
+				l.more(10)
+				l.check(2)
+			}
+			n.serves()
+			n.hasEvents()
+			n.hasPIDFile()
+			h.hasFiles("pid", "sock", "take")
+			g := h.serving()
+			n.replaced(g, map[bool]int{true: 1, false: 2}[d.cold])
+			g.serves()
+			g.begin(command{Verb: "stop"})
+			g.ended()
+			h.hasFiles()
+		})
+	}
+}
