@@ -397,7 +397,14 @@ func (u *Upgrader) begin() (err error) {
 		close(u.settled)
 		return u.openControls()
 	}
-	if err := u.inherit(hello, deadline); err != nil {
+	err = u.inherit(hello, deadline)
+	if err == os.ErrDeadlineExceeded {
+		err = errLate
+	}
+	if err != nil && !deadline.IsZero() {
+		err = fmt.Errorf("TakeoverSocket %s: %w", u.opts.TakeoverSocket, err)
+	}
+	if err != nil {
 		return err
 	}
 	return u.openControls()

@@ -435,19 +435,21 @@ func dialControl(ctx context.Context, path string) (*net.UnixConn, error) {
 	return unixConn(fd)
 }
 
+// errLate: in a takeover, nothing came from the older process for too long.
+var errLate = fmt.Errorf("the process that listens there has not answered in time (Options.UpgradeTimeout): %w", os.ErrDeadlineExceeded)
+
 // takeOverAt asks the process that serves at path for all that it has, and
 // returns the stream to it and its first frame; nil: there is nobody.
 func takeOverAt(path string, deadline time.Time) (*stream, frame, error) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
-	const late = "the process that listens there has not answered in time (Options.UpgradeTimeout)"
 	for tries := 1; ; tries++ {
 		c, err := dialControl(ctx, path)
 		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
 			return nil, frame{}, nil
 		}
 		if err == context.DeadlineExceeded { // so many wait there already
-			return nil, frame{}, fmt.Errorf("%s: %w", late, os.ErrDeadlineExceeded)
+			return nil, frame{}, errLate
 		}
 		if err != nil {
 			return nil, frame{}, err
@@ -458,7 +460,7 @@ func takeOverAt(path string, deadline time.Time) (*stream, frame, error) {
 		}
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			return nil, frame{}, fmt.Errorf("%s: %w", late, err)
+			return nil, frame{}, errLate
 		case err != io.EOF:
 			return nil, frame{}, err
 		case tries == 100:
