@@ -133,6 +133,7 @@ func init() {
 				_, err = io.WriteString(conn, frameOf(c.Args[0][0], c.Args[1:]...))
 			case "hear":
 				err = readUntil(conn, c.Args[0][0])
+			case "live":
 			}
 			m.ID, m.Err = c.ID, toErrMsg(err)
 			d.send(m)
@@ -971,4 +972,256 @@ func TestTakeoverCutShort(t *testing.T) {
 			g.serves()
 		})
 	}
+}
+
+// One that takes too long is given up, and not ended: it is not the old one's.
+func TestTakerLate(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	first := h.taking()
+	first.Options.UpgradeTimeout = 100 * time.Millisecond
+	h.next(first, h.taking())
+	p := h.serving()
+	unchanged := p.settles((*proc).holdings)
+	l := startLoad(t, 1, false, p.list()...)
+	n := h.taker()
+	n.does("say", "T", "version=1")
+	n.does("hear", "A")
+	p.hasFailed(0, "init", "not ready within 100ms (Options.UpgradeTimeout)")
+	p.hasEvents(ecdysis.EventUpgrading, ecdysis.EventUpgradeFailed)
+	n.does("live")
+	l.more(10)
+	l.check()
+	unchanged()
+	p.serves()
+}
+
+// One that has had the word and does not keep to the protocol may serve at any
+// moment: it is ended before the old one resumes.
+func TestTakerEnded(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	h.next(h.taking())
+	p := h.serving()
+	unchanged := p.settles((*proc).holdings)
+	l := startLoad(t, 1, false, p.list()...)
+	n := h.taker()
+	n.does("say", "T", "version=1")
+	n.does("hear", "E")
+	n.does("say", "K")
+	n.does("say", "R", fmt.Sprint("pid=", os.Getpid())) // whom it names is not ended
+	n.does("hear", "C")
+	p.event(ecdysis.EventHandover, 0)
+	n.does("say", "?")
+	n.ended()
+	p.hasFailed(0, "handover", "a frame '?'")
+	p.hasEvents(ecdysis.EventUpgrading, ecdysis.EventHandover, ecdysis.EventResumed, ecdysis.EventUpgradeFailed)
+	l.more(10)
+	l.check()
+	unchanged()
+	p.serves()
+	if list := childrenOf(t, p.pid); len(list) > 0 {
+		t.Errorf("children: %q", list)
+	}
+}
+
+// Before that, it is told and left alone, whatever it says.
+func TestTakerTalksNonsense(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct{ frame, fields, says string }{
+		"early DONE":   {"D", "", "a frame 'D'"},
+		"another TAKE": {"T", "version=1", "a frame 'T'"},
+		"no PID":       {"R", "pid=x", `process ID is "x"`},
+		"a bad PID":    {"R", "pid=-1", `process ID is "-1"`},
+		"FAIL":         {"F", "reason=my disk is full", "it says: my disk is full"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHub(t)
+			h.next(h.taking())
+			p := h.serving()
+			unchanged := p.settles((*proc).holdings)
+			n := h.taker()
+			n.does("say", "T", "version=1")
+			n.does("hear", "E")
+			n.does("say", c.frame, c.fields)
+			n.does("hear", "A")
+			p.hasFailed(0, "init", c.says)
+			p.hasEvents(ecdysis.EventUpgrading, ecdysis.EventUpgradeFailed)
+			n.does("live")
+			p.serves()
+			unchanged()
+		})
+	}
+}
+
+// A Stop of the old one ends a takeover.
+func TestTakenStops(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	h.next(h.taking(), h.taking().hold("new"))
+	p := h.serving()
+	n := h.start()
+	n.at("new")
+	p.begin(command{Verb: "stop"})
+	p.ended()
+	p.hasFailed(0, "init", "stopped")
+	p.hasEvents(ecdysis.EventUpgrading, ecdysis.EventUpgradeFailed, ecdysis.EventStopping)
+	h.hasFiles()
+	n.resume()
+	n.at("ready failed").Err.says(t, "ErrAborted")
+	n.ended()
+	h.hasFiles()
+}
+
+// After a probation that was not passed the PID file and the control sockets
+// are the old one's, and it upgrades and is taken over as before.
+func TestTakeoverProbation(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	s := h.taking()
+	s.Options.UpgradeSocket = filepath.Join(h.dir, "upgrade")
+	h.next(s.probation(time.Hour), s, s)
+	p := h.serving()
+	n := h.serving()
+	n.hasPIDFile()
+	if m := n.call("upgrade"); m.Err == nil || !slices.Contains(m.Err.Is, "ErrInProgress") {
+		t.Errorf("upgrade within the probation: %+v", m.Err)
+	}
+	n.kill()
+	p.hasFailed(0, "probation")
+	p.hasPIDFile()
+	h.hasFiles("pid", "sock", "take", "upgrade")
+	p.serves()
+
+	g := h.serving()
+	if _, err := request(t, s.Options.UpgradeSocket)(); err == nil || !strings.Contains(err.Error(), ecdysis.ErrInProgress.Error()) {
+		t.Errorf("the new one's upgrade socket: %v", err)
+	}
+	g.kill()
+	p.hasFailed(1, "probation")
+	answer := request(t, s.Options.UpgradeSocket)
+	g = h.proc()
+	g.at("serving")
+	g.begin(command{Verb: "stop"}) // within its probation: it is final then
+	g.ended()
+	if line, err := answer(); err != nil || line != g.line(1) {
+		t.Errorf("upgrade: %q, %v", line, err)
+	}
+	p.ended()
+	h.hasFiles()
+}
+
+// Older generations still drain while the newest is taken over, upgrades, or
+// may not because there are too many.
+func TestTakeoverDraining(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	s := h.taking()
+	s.Options.MaxDraining = 1
+	h.next(s)
+	client := func(p *proc) net.Conn {
+		c, err := net.Dial("unix", h.sock())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		if pid, _, err := askOn(c); err != nil || pid != p.pid {
+			t.Fatalf("process %d, %v", pid, err)
+		}
+		return c
+	}
+	p0 := h.serving()
+	c0 := client(p0)
+	p0.begin(command{Verb: "upgrade"})
+	p1 := h.proc()
+	p1.at("serving")
+	c1 := client(p1)
+	p2 := h.serving() // while p0 drains
+	p2.is(2)
+	c2 := client(p2)
+	h.turnedAway("", "refuses", ecdysis.ErrDraining.Error(), "2 are alive", "MaxDraining is 1")
+	p2.hasFailed(0, "", ecdysis.ErrDraining.Error())
+	p2.serves()
+	for p, c := range map[*proc]net.Conn{p0: c0, p1: c1} {
+		if pid, _, err := askOn(c); err != nil || pid != p.pid {
+			t.Errorf("a client of process %d: %d, %v", p.pid, pid, err)
+		}
+	}
+	c0.Close()
+	p0.ended()
+	p3 := h.serving()
+	p3.is(3)
+	p3.serves()
+	h.turnedAway("", ecdysis.ErrDraining.Error())
+	c1.Close()
+	p1.ended()
+	p3.begin(command{Verb: "upgrade"}) // with p2 draining
+	p4 := h.proc()
+	p4.at("serving")
+	p4.is(4)
+	p3.ended()
+	if pid, _, err := askOn(c2); err != nil || pid != p2.pid {
+		t.Errorf("a client of process %d: %d, %v", p2.pid, pid, err)
+	}
+	c2.Close()
+	p2.replaced(p3, 3)
+	p4.serves()
+}
+
+// Nothing is left of takeovers, successful or not, in any process.
+func TestTakeoverLeaks(t *testing.T) {
+	t.Parallel()
+	const many = 50
+	h := newHub(t)
+	s := h.taking()
+	s.NoAccept = true
+	h.next(s)
+	p := h.serving()
+	q := asks(t, h.take())
+	q.hears('E')
+	q.c.Close()
+	p.hasFailed(0, "init")
+	unchanged := p.settles((*proc).holdings)
+	for n := range many {
+		q := asks(t, h.take())
+		switch n % 4 {
+		case 0:
+			q.hears('H')
+		case 1:
+			q.hears('E')
+			say(t, q.c, frameOf('F', "reason=planned"))
+			q.hears('A')
+		case 2:
+			q.hears('E')
+			say(t, q.c, "garbage\r\n")
+			q.hears('A')
+		case 3:
+			say(t, q.c, frameOf('K'))
+		}
+		q.c.Close()
+		p.event(ecdysis.EventUpgradeFailed, n+1)
+	}
+	unchanged()
+	if list := childrenOf(t, p.pid); len(list) > 0 {
+		t.Errorf("children: %q", list)
+	}
+	has := func() string {
+		return strings.Join(append(kindsOf(p.call("fds").Text), p.call("goroutines").Text...), ", ")
+	}
+	first := ""
+	for n := range many {
+		g := h.serving()
+		p.replaced(g, n+1)
+		if p = g; n == 0 {
+			first = has()
+		}
+	}
+	if last := has(); last != first {
+		t.Errorf("after %d takeovers: %s; after one: %s", many, last, first)
+	}
+	if list := childrenOf(t, p.pid); len(list) > 0 {
+		t.Errorf("children: %q", list)
+	}
+	h.hasFiles("pid", "sock", "take")
 }
