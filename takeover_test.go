@@ -595,21 +595,25 @@ func TestTakerDuringUpgrade(t *testing.T) {
 	l.check()
 }
 
-// One that comes before Ready waits for it.
+// One that comes before Ready waits for it, and for its end: closing what nobody
+// has asked for takes a while.
 func TestTakerBeforeReady(t *testing.T) {
 	t.Parallel()
+	needSeqpacket(t)
 	h := newHub(t)
-	h.next(h.taking().do("listened", "hold"))
-	p := h.start()
-	p.at("listened")
+	h.next(h.taking(), h.taking().hold("listened"))
+	p := h.serving()
+	p.thing("many", "300", shortDir(t))
+	n := h.start()
+	n.at("listened")
+	p.kill()
 	q := asks(t, h.take())
-	p.resume()
+	n.resume()
 	q.hears('E')
-	p.event(ecdysis.EventUpgrading, 0)
-	p.at("serving")
+	n.at("serving")
 	q.c.Close()
-	p.hasFailed(0, "init", "ended without")
-	p.serves()
+	n.hasFailed(0, "init", "ended without")
+	n.serves()
 }
 
 // The new one dies at each step: the old one serves on, says why the attempt
