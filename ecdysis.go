@@ -23,6 +23,10 @@
 // Sockets for packets (ListenPacket), connections (AddConn), files (AddFile)
 // and what is in memory (Options.SendState) are handed on likewise.
 //
+// Upgrades and stops are asked for by calls, by signals, or by control sockets
+// (Request), which tell the client how it went. At Options.TakeoverSocket a
+// process that nobody forked, such as one in a new container, takes over.
+//
 // Two generations never accept at once. If the old process dies during an
 // upgrade, the new one completes its start and serves. If the new one dies
 // within [Options.Probation], the old one takes the sockets back.
