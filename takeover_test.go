@@ -585,6 +585,8 @@ func TestTakerDuringUpgrade(t *testing.T) {
 	p.hasFailed(0, "", ecdysis.ErrInProgress.Error())
 	n.resume()
 	n.at("serving")
+	l.check() // whom the old one has accepted, it has answered
+	l = startLoad(t, 1, false, p.list()...)
 	// Not even a moment earlier: nobody but the new one accepts now.
 	if err := p.os.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
