@@ -1,0 +1,5 @@
+package httpdrain_test
+
+var address = ":8080"
+
+func Example() {}

@@ -1,0 +1,367 @@
+package httpdrain_test
+
+import (
+	"bufio"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/httpdrain"
+)
+
+// The tests of upgrades run real processes: the test binary again, as the
+// server that serverMain is, and its successors. They share one standard
+// error, on which they say what they do.
+
+const (
+	roleVar  = "HTTPDRAIN_TEST_ROLE" // how the server ends: one of the ends
+	graceVar = "HTTPDRAIN_TEST_GRACE"
+	certVar  = "HTTPDRAIN_TEST_CERT" // path of the certificate; the key is beside it
+
+	// patience is how long a test waits for what must happen.
+	patience = 30 * time.Second
+)
+
+func TestMain(m *testing.M) {
+	switch role := os.Getenv(roleVar); role {
+	case "":
+		os.Exit(m.Run())
+	case "example":
+		address = "127.0.0.1:0"
+		Example()
+	default:
+		if err := serverMain(role); err != nil {
+			fmt.Fprintln(os.Stderr, "server:", err)
+			os.Exit(1)
+		}
+	}
+}
+
+// The ways in which a server ends.
+const (
+	byDrainer  = "drainer"
+	byShutdown = "shutdown" // http.Server.Shutdown, as everyone does
+	byClose    = "close"    // http.Server.Close: the worst
+)
+
+func serverMain(end string) error {
+	u, err := ecdysis.New(ecdysis.Options{
+		UpgradeSignals: []os.Signal{syscall.SIGHUP},
+		StopSignals:    []os.Signal{syscall.SIGTERM},
+		Notify:         func(e ecdysis.Event) { say("event %v", e) },
+	})
+	if err != nil {
+		return err
+	}
+	grace, err := time.ParseDuration(os.Getenv(graceVar))
+	if err != nil {
+		return u.Fail(err)
+	}
+	srv := &http.Server{ErrorLog: log.New(os.Stderr, fmt.Sprintf("[%d] ", os.Getpid()), 0)}
+	wrap := func(ln net.Listener) net.Listener { return ln }
+	ending := make(chan struct{})
+	shutdown := srv.Shutdown
+	var draining <-chan struct{} = ending
+	srv.Handler = testHandler(func() <-chan struct{} { return draining })
+	switch end {
+	case byDrainer:
+		d := httpdrain.New(srv)
+		d.Grace = grace
+		wrap, shutdown, draining = d.Listener, d.Shutdown, d.Draining()
+	case byClose:
+		shutdown = func(context.Context) error { return srv.Close() }
+	default:
+		srv.RegisterOnShutdown(func() { close(ending) })
+	}
+	plain, err := u.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return u.Fail(err)
+	}
+	secure, err := u.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return u.Fail(err)
+	}
+	cert := os.Getenv(certVar)
+	go func() { say("serve: %v", srv.Serve(wrap(plain))) }()
+	go func() { say("serve TLS: %v", srv.ServeTLS(wrap(secure), cert, cert+".key")) }()
+	say("listening %s %s", plain.Addr(), secure.Addr())
+	if err := u.Ready(); err != nil {
+		return err
+	}
+	u.Wait()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	began := time.Now()
+	err = shutdown(ctx)
+	say("drained in %v: %v", time.Since(began).Round(time.Millisecond), err)
+	return nil
+}
+
+// say writes one line, in one write.
+func say(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "[%d] %s\n", os.Getpid(), fmt.Sprintf(format, args...))
+}
+
+// testHandler is what the test servers serve.
+func testHandler(draining func() <-chan struct{}) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/hello", func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, "hello "+r.URL.RawQuery)
+	})
+	mux.HandleFunc("/slow", func(w http.ResponseWriter, r *http.Request) {
+		time.Sleep(30 * time.Millisecond)
+		_, _ = io.WriteString(w, "slow "+r.URL.RawQuery)
+	})
+	mux.HandleFunc("/upload", func(w http.ResponseWriter, r *http.Request) {
+		h := sha256.New()
+		n, err := io.Copy(h, r.Body)
+		fmt.Fprintf(w, "%d %x %v", n, h.Sum(nil), err)
+	})
+	mux.HandleFunc("/chunked", func(w http.ResponseWriter, r *http.Request) {
+		for i := range chunks {
+			fmt.Fprintf(w, "chunk %d\n", i)
+			_ = http.NewResponseController(w).Flush()
+			time.Sleep(2 * time.Millisecond)
+		}
+	})
+	mux.HandleFunc("/events", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/event-stream")
+		tick := time.NewTicker(5 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			_, _ = io.WriteString(w, "data: tick\n\n")
+			if http.NewResponseController(w).Flush() != nil {
+				return
+			}
+			select {
+			case <-tick.C:
+			case <-draining():
+				_, _ = io.WriteString(w, "data: bye\n\n")
+				return
+			}
+		}
+	})
+	mux.HandleFunc("/hijack", func(w http.ResponseWriter, r *http.Request) {
+		c, rw, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		defer c.Close()
+		_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: lines\r\n\r\n")
+		gone := make(chan struct{})
+		go func() {
+			defer close(gone)
+			for {
+				line, err := rw.ReadString('\n')
+				if err != nil {
+					return
+				}
+				_, _ = io.WriteString(c, line)
+			}
+		}()
+		select {
+		case <-gone:
+		case <-draining():
+			_, _ = io.WriteString(c, "bye\n")
+			<-gone // the client closes
+		}
+	})
+	return mux
+}
+
+const chunks = 20
+
+// A server is a chain of test servers.
+type server struct {
+	t             *testing.T
+	cmd           *exec.Cmd
+	lines         chan string // all that they say; closed when all have ended
+	plain, secure string      // addresses
+	pid           int         // of the one that serves
+	generation    int
+	said          []string // all lines; read once lines is closed
+}
+
+func startServer(t *testing.T, end string, grace time.Duration) *server {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, _ := certificate(t)
+	s := &server{t: t, lines: make(chan string, 10000), cmd: exec.Command(self)}
+	s.cmd.Env = append(os.Environ(), roleVar+"="+end, graceVar+"="+grace.String(), certVar+"="+cert)
+	s.start()
+	m := s.await(`listening (\S+) (\S+)$`)
+	s.plain, s.secure = m[1], m[2]
+	s.ready()
+	return s
+}
+
+// start runs s.cmd in a process group of its own, whatever is left of which is
+// ended with the test.
+func (s *server) start() {
+	s.t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.cmd.Stderr = w
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := s.cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	w.Close()
+	go func() {
+		defer close(s.lines)
+		defer r.Close()
+		for sc := bufio.NewScanner(r); sc.Scan(); {
+			s.said = append(s.said, sc.Text())
+			s.lines <- sc.Text()
+		}
+	}()
+	s.t.Cleanup(func() {
+		if s.cmd.ProcessState == nil {
+			defer s.cmd.Wait()
+		}
+		for {
+			select {
+			case _, ok := <-s.lines:
+				if !ok {
+					return
+				}
+			default: // one lives still, so the group's number is not free
+				_ = syscall.Kill(-s.cmd.Process.Pid, syscall.SIGKILL)
+				for range s.lines {
+				}
+				return
+			}
+		}
+	})
+}
+
+// await returns what the next line that matches has in its parentheses.
+func (s *server) await(pattern string) []string {
+	s.t.Helper()
+	re := regexp.MustCompile(pattern)
+	limit := time.After(patience)
+	seen := ""
+	for {
+		select {
+		case line, ok := <-s.lines:
+			if m := re.FindStringSubmatch(line); m != nil {
+				return m
+			}
+			if seen += "\n" + line; !ok {
+				s.t.Fatalf("all servers have ended without a line %q:%s", pattern, seen)
+			}
+		case <-limit:
+			s.t.Fatalf("no line %q:%s", pattern, seen)
+		}
+	}
+}
+
+// ready waits until the next generation serves.
+func (s *server) ready() {
+	s.t.Helper()
+	m := s.await(`ready: pid=(\d+) generation=` + strconv.Itoa(s.generation) + `$`)
+	s.pid, _ = strconv.Atoi(m[1])
+}
+
+func (s *server) signal(sig syscall.Signal) {
+	s.t.Helper()
+	if err := syscall.Kill(s.pid, sig); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// upgrade replaces the server that serves, which then drains.
+func (s *server) upgrade() {
+	s.t.Helper()
+	s.signal(syscall.SIGHUP)
+	s.generation++
+	s.ready()
+	s.await(`upgraded by signal`)
+}
+
+// stop ends the last server and waits until all have ended.
+func (s *server) stop() {
+	s.t.Helper()
+	s.signal(syscall.SIGTERM)
+	limit := time.After(2 * patience)
+	for {
+		select {
+		case _, ok := <-s.lines:
+			if ok {
+				continue
+			}
+			if err := s.cmd.Wait(); err != nil {
+				s.t.Errorf("the first server: %v", err)
+			}
+			return
+		case <-limit:
+			s.t.Fatal("servers are left")
+		}
+	}
+}
+
+// certificate makes one for 127.0.0.1 and returns its path, and a pool that
+// has it.
+func certificate(t testing.TB) (path string, pool *x509.CertPool) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1),
+		Subject:      pkix.Name{CommonName: "test"},
+		NotBefore:    time.Now().Add(-time.Hour),
+		NotAfter:     time.Now().Add(time.Hour),
+		IPAddresses:  []net.IP{net.IPv4(127, 0, 0, 1)},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path = filepath.Join(t.TempDir(), "cert")
+	err = errors.Join(
+		os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600),
+		os.WriteFile(path+".key", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool = x509.NewCertPool()
+	pool.AddCert(cert)
+	return path, pool
+}

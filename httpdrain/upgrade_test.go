@@ -1,0 +1,93 @@
+package httpdrain_test
+
+import (
+	"strings"
+	"testing"
+	"time"
+)
+
+// testGrace is longer than any client of the load thinks, however busy the
+// machine is.
+const testGrace = 2 * time.Second
+
+const upgrades = 50
+
+// Fifty upgrades under every kind of client, and not one of them notices.
+func TestUpgradesLoseNothing(t *testing.T) {
+	s := startServer(t, byDrainer, testGrace)
+	l := startLoad(s, testGrace)
+	l.more(5)
+	for range upgrades {
+		l.quiet()
+		s.upgrade()
+		l.more(5)
+	}
+	l.end()
+	l.report(t)
+	if n, _ := l.failed(everyKind...); n > 0 {
+		t.Errorf("%d requests have failed", n)
+	}
+	for _, kind := range staying {
+		if n := l.done[kind]; n < upgrades {
+			t.Errorf("%d connections of kind %s have ended well; want %d or more", n, kind, upgrades)
+		}
+	}
+	drained := 0
+	for _, line := range s.said {
+		if strings.Contains(line, "] drained in ") && strings.HasSuffix(line, ": <nil>") {
+			drained++
+		}
+		if strings.Contains(line, "panic") {
+			t.Error(line)
+		}
+	}
+	if drained != upgrades+1 {
+		t.Errorf("%d servers have drained without an error; want %d; they said:\n%s", drained, upgrades+1, strings.Join(s.said, "\n"))
+	}
+}
+
+// What the drainer is good for: the same clients lose requests by what
+// everyone does, which is http.Server.Shutdown.
+func TestPlainShutdownLoses(t *testing.T) {
+	s := startServer(t, byShutdown, testGrace)
+	l := startLoad(s, testGrace)
+	l.more(5)
+	done, failed := 0, 0
+	for failed == 0 && done < upgrades || done < 5 {
+		l.quiet()
+		s.upgrade()
+		l.more(5)
+		done++
+		failed, _ = l.failed(working...)
+	}
+	l.end()
+	l.report(t)
+	if failed == 0 {
+		// TestLoadNotices shows that it is not the load which has gone blind.
+		t.Skipf("http.Server.Shutdown has lost no request in %d upgrades: this Go seems to have mended it", done)
+	}
+}
+
+// Every kind of client notices a server that drops what it has. So it would
+// notice a drainer that does.
+func TestLoadNotices(t *testing.T) {
+	s := startServer(t, byClose, testGrace)
+	l := startLoad(s, testGrace)
+	l.more(5)
+	limit := time.Now().Add(patience)
+	for {
+		l.quiet()
+		s.upgrade()
+		l.more(5)
+		_, spared := l.failed(everyKind...)
+		if len(spared) == 0 {
+			break
+		}
+		if time.Now().After(limit) {
+			t.Errorf("http.Server.Close goes unnoticed by clients of kind %v", spared)
+			break
+		}
+	}
+	l.end()
+	l.report(t)
+}
