@@ -1,0 +1,978 @@
+package httpdrain_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ecdysis-go/ecdysis/httpdrain"
+)
+
+// long is a grace that no test lives to see.
+const long = time.Hour
+
+var discard = log.New(io.Discard, "", 0)
+
+// A site is a server in this process.
+type site struct {
+	t      *testing.T
+	srv    *http.Server
+	d      *httpdrain.Drainer
+	addr   string
+	served chan error // what Serve has returned
+}
+
+// newSite serves h on ln, or on a listener of its own.
+func newSite(t *testing.T, grace time.Duration, srv *http.Server, ln net.Listener) *site {
+	t.Helper()
+	s := &site{t: t, srv: srv, d: httpdrain.New(srv), served: make(chan error, 1)}
+	s.d.Grace = grace
+	if ln == nil {
+		ln = listen(t)
+	}
+	s.addr = ln.Addr().String()
+	wrapped := s.d.Listener(ln)
+	go func() { s.served <- srv.Serve(wrapped) }()
+	t.Cleanup(func() { srv.Close() })
+	return s
+}
+
+func listen(t *testing.T) net.Listener {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	return ln
+}
+
+func (s *site) dial() *rawConn { return dial(s.t, s.addr) }
+
+func dial(t *testing.T, addr string) *rawConn {
+	t.Helper()
+	c, err := dialRaw(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// get wants the answer "ok", and that the server says close or does not.
+func get(t *testing.T, c *rawConn, wantClose bool, header ...string) {
+	t.Helper()
+	closed, err := c.get("/", "ok", header...)
+	if err != nil || closed != wantClose {
+		t.Fatalf("an answer that says close: %v, %v; want %v", closed, err, wantClose)
+	}
+}
+
+// ends wants the server to close c in good order.
+func ends(t *testing.T, c *rawConn) {
+	t.Helper()
+	_ = c.SetDeadline(time.Now().Add(patience))
+	if _, err := c.r.ReadByte(); err != io.EOF {
+		t.Fatalf("reading: %v; want EOF", err)
+	}
+}
+
+// shutdown begins one and waits until draining has begun.
+func (s *site) shutdown() (result chan error) {
+	s.t.Helper()
+	result = make(chan error, 1)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	s.t.Cleanup(cancel)
+	go func() { result <- s.d.Shutdown(ctx) }()
+	receive(s.t, s.d.Draining(), "draining")
+	return result
+}
+
+// over wants a Shutdown to end well, and Serve after it.
+func (s *site) over(result chan error) {
+	s.t.Helper()
+	if err := receive(s.t, result, "the end of Shutdown"); err != nil {
+		s.t.Fatal(err)
+	}
+	if err := receive(s.t, s.served, "the end of Serve"); err != http.ErrServerClosed {
+		s.t.Fatalf("Serve: %v; want ErrServerClosed", err)
+	}
+}
+
+func (s *site) counts(want httpdrain.Counts) {
+	s.t.Helper()
+	eventually(s.t, fmt.Sprint(want), func() (string, bool) {
+		got := s.d.Counts()
+		return fmt.Sprint(got), got == want
+	})
+}
+
+func receive[T any](t *testing.T, c <-chan T, what string) (v T) {
+	t.Helper()
+	select {
+	case v = <-c:
+	case <-time.After(patience):
+		t.Fatalf("waiting for %s", what)
+	}
+	return v
+}
+
+// eventually asks until the answer is the right one.
+func eventually(t *testing.T, want string, ask func() (got string, ok bool)) {
+	t.Helper()
+	for limit := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		got, ok := ask()
+		if ok {
+			return
+		}
+		if time.Now().After(limit) {
+			t.Fatalf("%s; want %s", got, want)
+		}
+	}
+}
+
+var ok = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok") })
+
+// An idle connection is answered once more, with close, and that is all that
+// Shutdown waits for.
+func TestIdleIsAnswered(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, long, &http.Server{Handler: ok}, nil)
+	idle, fresh := s.dial(), s.dial()
+	get(t, idle, false)
+	get(t, idle, false)
+	select {
+	case <-s.d.Draining():
+		t.Fatal("draining before Shutdown")
+	default:
+	}
+	s.counts(httpdrain.Counts{New: 1, Idle: 1})
+	result := s.shutdown()
+	get(t, idle, true)
+	get(t, fresh, true)
+	s.over(result)
+	if c, err := net.Dial("tcp", s.addr); err == nil {
+		c.Close()
+		t.Error("the listener is open")
+	}
+}
+
+// A connection on which nothing happens is closed after its grace, and not
+// before.
+func TestGrace(t *testing.T) {
+	t.Parallel()
+	for grace, want := range map[time.Duration]time.Duration{
+		300 * time.Millisecond: 300 * time.Millisecond,
+		0:                      httpdrain.DefaultGrace,
+		-1:                     0,
+	} {
+		t.Run(grace.String(), func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t, grace, &http.Server{Handler: ok}, nil)
+			idle, silent, part := s.dial(), s.dial(), s.dial()
+			get(t, idle, false)
+			if _, err := io.WriteString(part, "GET / HTTP/1.1\r\nHo"); err != nil {
+				t.Fatal(err)
+			}
+			s.counts(httpdrain.Counts{New: 2, Idle: 1})
+			began := time.Now()
+			result := s.shutdown()
+			for _, c := range []*rawConn{idle, silent, part} {
+				b, err := io.ReadAll(c.r)
+				if err != nil || len(b) > 0 && c != part { // net/http may tell a client whose header was cut
+					t.Errorf("%q, %v; want EOF", b, err)
+				}
+				if passed := time.Since(began); passed < want {
+					t.Errorf("closed after %v; want %v", passed, want)
+				}
+			}
+			s.over(result)
+		})
+	}
+}
+
+// A gate is a handler that tells when it is called, and waits.
+type gate struct {
+	called chan struct{}
+	open   chan struct{}
+}
+
+func newGate() *gate { return &gate{make(chan struct{}, 100), make(chan struct{})} }
+
+func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	g.called <- struct{}{}
+	<-g.open
+	ok(w, r)
+}
+
+// The grace of a connection that was busy begins with the end of its request.
+// Its answer, begun before draining, does not say close.
+func TestGraceAfterAnswer(t *testing.T) {
+	t.Parallel()
+	const grace = 300 * time.Millisecond
+	g := newGate()
+	s := newSite(t, grace, &http.Server{Handler: g}, nil)
+	silent, busy := s.dial(), s.dial()
+	if err := busy.send("/"); err != nil {
+		t.Fatal(err)
+	}
+	receive(t, g.called, "the handler")
+	s.counts(httpdrain.Counts{New: 1, Active: 1, Handlers: 1})
+	result := s.shutdown()
+	ends(t, silent) // its grace is over
+	began := time.Now()
+	close(g.open)
+	if closed, err := busy.receive("ok"); closed || err != nil {
+		t.Fatalf("closed %v, %v", closed, err)
+	}
+	ends(t, busy)
+	if passed := time.Since(began); passed < grace {
+		t.Errorf("closed %v after the answer; want %v", passed, grace)
+	}
+	s.over(result)
+}
+
+// A connection that has been accepted, and not reported yet, is not lost: the
+// server calls ConnContext before ConnState.
+func TestAcceptedIsServed(t *testing.T) {
+	t.Parallel()
+	at, goOn := make(chan struct{}), make(chan struct{})
+	s := newSite(t, -1, &http.Server{Handler: ok, ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+		at <- struct{}{}
+		<-goOn
+		return ctx
+	}}, nil)
+	c := s.dial()
+	if err := c.send("/"); err != nil {
+		t.Fatal(err)
+	}
+	receive(t, at, "ConnContext")
+	result := s.shutdown()
+	select {
+	case err := <-result:
+		t.Fatalf("Shutdown has not waited: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(goOn)
+	if closed, err := c.receive("ok"); !closed || err != nil {
+		t.Fatalf("closed %v, %v", closed, err)
+	}
+	s.over(result)
+}
+
+// A hooked connection does what a test wants at a read or a new deadline.
+type hookedConn struct {
+	*net.TCPConn
+	read     func() // before reading
+	deadline func(set func(time.Time) error, t time.Time) error
+}
+
+func (c *hookedConn) Read(b []byte) (int, error) {
+	if c.read != nil {
+		c.read()
+	}
+	return c.TCPConn.Read(b)
+}
+
+func (c *hookedConn) SetReadDeadline(t time.Time) error {
+	if c.deadline != nil {
+		return c.deadline(c.TCPConn.SetReadDeadline, t)
+	}
+	return c.TCPConn.SetReadDeadline(t)
+}
+
+// A hookedListener hooks the first connection.
+type hookedListener struct {
+	net.Listener
+	once sync.Once
+	hook *hookedConn
+}
+
+func (l *hookedListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err == nil {
+		l.once.Do(func() {
+			l.hook.TCPConn = c.(*net.TCPConn)
+			c = l.hook
+		})
+	}
+	return c, err
+}
+
+func isPast(t time.Time) bool { return !t.IsZero() && t.Before(time.Now().Add(-time.Hour)) }
+
+// A request that has arrived in time, and waits for the server to read it, is
+// served however late that is.
+func TestUnreadIsServed(t *testing.T) {
+	t.Parallel()
+	at, goOn := make(chan struct{}, 100), make(chan struct{})
+	s := newSite(t, 10*time.Millisecond, &http.Server{Handler: ok}, &hookedListener{Listener: listen(t), hook: &hookedConn{
+		read: func() { at <- struct{}{}; <-goOn },
+	}})
+	c := s.dial()
+	receive(t, at, "the server's read")
+	silent := s.dial()
+	s.counts(httpdrain.Counts{New: 2})
+	if err := c.send("/"); err != nil {
+		t.Fatal(err)
+	}
+	result := s.shutdown()
+	ends(t, silent) // the grace is over
+	time.Sleep(50 * time.Millisecond)
+	close(goOn)
+	if closed, err := c.receive("ok"); !closed || err != nil {
+		t.Fatalf("closed %v, %v", closed, err)
+	}
+	s.over(result)
+}
+
+// A request that was read when its connection was to be closed, and not
+// reported yet, is served, body and all, with the server's ReadTimeout.
+func TestReadIsServed(t *testing.T) {
+	t.Parallel()
+	for _, timeout := range []time.Duration{0, patience} {
+		t.Run(timeout.String(), func(t *testing.T) {
+			t.Parallel()
+			expired := make(chan struct{}, 100)
+			var armed sync.Once
+			var read atomic.Bool
+			var last atomic.Pointer[time.Time] // deadline
+			hook := &hookedConn{}
+			hook.deadline = func(set func(time.Time) error, d time.Time) error {
+				last.Store(&d)
+				err := set(d)
+				if isPast(d) {
+					expired <- struct{}{}
+				} else if read.Swap(false) {
+					<-expired // by the drainer, between the server's own deadline and its report
+				}
+				return err
+			}
+			hook.read = func() { armed.Do(func() { read.Store(true) }) }
+			body := make(chan string, 1)
+			deadline := make(chan time.Time, 1)
+			s := newSite(t, 200*time.Millisecond, &http.Server{ReadTimeout: timeout, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				deadline <- *last.Load()
+				b, err := io.ReadAll(r.Body)
+				body <- fmt.Sprint(string(b), err)
+				ok(w, r)
+			})}, &hookedListener{Listener: listen(t), hook: hook})
+			c := s.dial()
+			if _, err := io.WriteString(c, "POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\n"); err != nil {
+				t.Fatal(err)
+			}
+			s.counts(httpdrain.Counts{New: 1})
+			result := s.shutdown()
+			d := receive(t, deadline, "the handler")
+			if d.IsZero() != (timeout == 0) || isPast(d) || d.After(time.Now().Add(timeout)) {
+				t.Errorf("deadline %v in the handler with ReadTimeout %v", d, timeout)
+			}
+			if _, err := io.WriteString(c, "body"); err != nil {
+				t.Fatal(err)
+			}
+			if got := receive(t, body, "the body"); got != "body<nil>" {
+				t.Errorf("body: %s", got)
+			}
+			if closed, err := c.receive("ok"); !closed || err != nil {
+				t.Fatalf("closed %v, %v", closed, err)
+			}
+			s.over(result)
+		})
+	}
+}
+
+// The server sets its own deadline after it has reported a connection idle.
+func TestExpiryIsRepeated(t *testing.T) {
+	t.Parallel()
+	var times atomic.Int32
+	s := newSite(t, 10*time.Millisecond, &http.Server{Handler: ok}, &hookedListener{Listener: listen(t), hook: &hookedConn{
+		deadline: func(set func(time.Time) error, d time.Time) error {
+			if isPast(d) && times.Add(1) == 1 {
+				return nil // as if the server had set another right afterwards
+			}
+			return set(d)
+		},
+	}})
+	c := s.dial()
+	s.counts(httpdrain.Counts{New: 1})
+	result := s.shutdown()
+	ends(t, c)
+	s.over(result)
+}
+
+// The deadline that a handler has set is not touched.
+func TestHandlersDeadline(t *testing.T) {
+	t.Parallel()
+	called, result := make(chan struct{}), make(chan error, 1)
+	s := newSite(t, 10*time.Millisecond, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if err := http.NewResponseController(w).SetReadDeadline(time.Now().Add(200 * time.Millisecond)); err != nil {
+			t.Error(err)
+		}
+		called <- struct{}{}
+		_, err := io.ReadAll(r.Body)
+		result <- err
+	})}, nil)
+	c := s.dial()
+	if _, err := io.WriteString(c, "POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	receive(t, called, "the handler")
+	began := time.Now()
+	s.shutdown()
+	if err := receive(t, result, "the handler's deadline"); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("reading: %v; want a time-out", err)
+	}
+	if passed := time.Since(began); passed < 100*time.Millisecond {
+		t.Errorf("timed out after %v", passed)
+	}
+}
+
+// The answer to a request whose body nobody reads arrives before the close.
+func TestUnreadBody(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, long, &http.Server{Handler: ok}, nil)
+	c := s.dial()
+	get(t, c, false)
+	result := s.shutdown()
+	body := strings.Repeat("x", 200<<10)
+	if _, err := fmt.Fprintf(c, "POST / HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n%s", len(body), body); err != nil {
+		t.Fatal(err)
+	}
+	if closed, err := c.receive("ok"); !closed || err != nil {
+		t.Fatalf("closed %v, %v", closed, err)
+	}
+	s.over(result)
+}
+
+// Handlers get the server's own writer over HTTP/1, and what they say to an
+// Upgrade or CONNECT is theirs.
+func TestWriter(t *testing.T) {
+	t.Parallel()
+	type seen struct{ writer, connection string }
+	for _, draining := range []bool{false, true} {
+		for request, want := range map[string]string{
+			"GET / HTTP/1.1\r\nHost: test\r\n\r\n":                                                       "close",
+			"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n":                                           "close",
+			"GET / HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n":                "close",
+			"GET / HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n":          "",
+			"GET / HTTP/1.1\r\nHost: test\r\nConnection: keep-alive, upgrade\r\nUpgrade: chat/1\r\n\r\n": "",
+			"CONNECT host:80 HTTP/1.1\r\nHost: host:80\r\n\r\n":                                          "",
+		} {
+			t.Run(fmt.Sprintf("%v %.60q", draining, request), func(t *testing.T) {
+				t.Parallel()
+				got := make(chan seen, 1)
+				s := newSite(t, long, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					got <- seen{fmt.Sprintf("%T", w), w.Header().Get("Connection")}
+					c, _, err := http.NewResponseController(w).Hijack()
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					c.Close()
+				})}, nil)
+				c := s.dial()
+				s.counts(httpdrain.Counts{New: 1})
+				if draining {
+					s.shutdown()
+				} else {
+					want = ""
+				}
+				if _, err := io.WriteString(c, request); err != nil {
+					t.Fatal(err)
+				}
+				if got := receive(t, got, "the handler"); got != (seen{"*http.response", want}) {
+					t.Errorf("%+v; want Connection %q", got, want)
+				}
+			})
+		}
+	}
+}
+
+// A handler that has hijacked its connection is waited for; the connection,
+// after its end, is the program's.
+func TestHijacked(t *testing.T) {
+	t.Parallel()
+	called, goOn := make(chan struct{}), make(chan struct{})
+	var kept net.Conn
+	s := newSite(t, long, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+		}
+		kept = c
+		called <- struct{}{}
+		<-goOn
+	})}, nil)
+	c := s.dial()
+	if err := c.send("/"); err != nil {
+		t.Fatal(err)
+	}
+	receive(t, called, "the handler")
+	s.counts(httpdrain.Counts{Handlers: 1})
+	result := s.shutdown()
+	receive(t, s.served, "the end of Serve") // srv.Shutdown runs
+	select {
+	case err := <-result:
+		t.Fatalf("Shutdown has not waited for the handler: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(goOn)
+	if err := receive(t, result, "the end of Shutdown"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(kept, "still there\n"); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := c.r.ReadString('\n'); line != "still there\n" {
+		t.Errorf("%q, %v", line, err)
+	}
+	kept.Close()
+}
+
+// When its time is over, Shutdown says what is left, has closed what is idle,
+// and leaves the rest to another call.
+func TestContextEnds(t *testing.T) {
+	t.Parallel()
+	g := newGate()
+	s := newSite(t, long, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/wait" {
+			g.ServeHTTP(w, r)
+			return
+		}
+		ok(w, r)
+	})}, nil)
+	idle, busy := s.dial(), s.dial()
+	get(t, idle, false)
+	if err := busy.send("/wait"); err != nil {
+		t.Fatal(err)
+	}
+	receive(t, g.called, "the handler")
+	s.counts(httpdrain.Counts{Idle: 1, Active: 1, Handlers: 1})
+	ctx, cancel := context.WithCancel(context.Background())
+	result := make(chan error, 1)
+	go func() { result <- s.d.Shutdown(ctx) }()
+	receive(t, s.d.Draining(), "draining")
+	cancel()
+	err := receive(t, result, "the end of Shutdown")
+	if !errors.Is(err, context.Canceled) || errors.Is(err, httpdrain.ErrMisused) ||
+		!strings.Contains(err.Error(), "0 new, 1 active and 1 idle connections, 1 handlers") {
+		t.Errorf("Shutdown: %v", err)
+	}
+	ends(t, idle)
+	again := s.shutdown()
+	close(g.open)
+	if closed, err := busy.receive("ok"); !closed || err != nil {
+		t.Fatalf("closed %v, %v", closed, err)
+	}
+	s.over(again)
+}
+
+// Shutdown may be called as often as one likes, at once and afterwards.
+func TestShutdownTwice(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, long, &http.Server{Handler: ok}, nil)
+	c := s.dial()
+	get(t, c, false)
+	first, second := s.shutdown(), s.shutdown()
+	get(t, c, true)
+	s.over(first)
+	if err := receive(t, second, "the second Shutdown"); err != nil {
+		t.Error(err)
+	}
+	if err := s.d.Shutdown(context.Background()); err != nil {
+		t.Error(err)
+	}
+	if err := s.srv.Serve(s.d.Listener(listen(t))); err != http.ErrServerClosed {
+		t.Errorf("Serve afterwards: %v", err)
+	}
+}
+
+// What the server's owner has set goes on working.
+func TestHooks(t *testing.T) {
+	t.Parallel()
+	type key string
+	var mu sync.Mutex
+	var states []string
+	ln := listen(t)
+	answer := make(chan string, 1)
+	s := newSite(t, long, &http.Server{
+		BaseContext: func(ln net.Listener) context.Context {
+			return context.WithValue(context.Background(), key("base"), ln.Addr().String())
+		},
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, key("conn"), fmt.Sprintf("%T", c))
+		},
+		ConnState: func(c net.Conn, state http.ConnState) {
+			mu.Lock()
+			defer mu.Unlock()
+			states = append(states, fmt.Sprintf("%T %v", c, state))
+		},
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			ctx := r.Context()
+			answer <- fmt.Sprint(ctx.Value(key("base")), " ", ctx.Value(key("conn")), " ", ctx.Value(http.ServerContextKey) != nil)
+			ok(w, r)
+		}),
+	}, ln)
+	c := s.dial()
+	get(t, c, false)
+	if got, want := <-answer, s.addr+" *net.TCPConn true"; got != want {
+		t.Errorf("contexts %q; want %q", got, want)
+	}
+	result := s.shutdown()
+	get(t, c, true)
+	s.over(result)
+	mu.Lock()
+	defer mu.Unlock()
+	got := strings.Join(states, ", ")
+	if want := strings.ReplaceAll("T new, T active, T idle, T active, T closed", "T", "*net.TCPConn"); got != want {
+		t.Errorf("states %s; want %s", got, want)
+	}
+}
+
+// Without a Handler the server has http.DefaultServeMux.
+func TestNilHandler(t *testing.T) {
+	t.Parallel()
+	http.Handle("/default", ok)
+	s := newSite(t, long, &http.Server{}, nil)
+	c := s.dial()
+	if closed, err := c.get("/default", "ok"); closed || err != nil {
+		t.Fatal(closed, err)
+	}
+	result := s.shutdown()
+	if closed, err := c.get("/default", "ok"); !closed || err != nil {
+		t.Fatal(closed, err)
+	}
+	s.over(result)
+}
+
+// A handler that panics has ended.
+func TestPanic(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, long, &http.Server{Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })}, nil)
+	c := s.dial()
+	if err := c.send("/"); err != nil {
+		t.Fatal(err)
+	}
+	ends(t, c)
+	s.over(s.shutdown())
+}
+
+// The listener closes by itself when the process has been replaced. Nothing
+// comes of that until Shutdown.
+func TestListenerEnds(t *testing.T) {
+	t.Parallel()
+	ln := listen(t)
+	s := newSite(t, long, &http.Server{Handler: ok}, ln)
+	idle, fresh := s.dial(), s.dial()
+	get(t, idle, false)
+	s.counts(httpdrain.Counts{New: 1, Idle: 1})
+	ln.Close()
+	get(t, idle, false)
+	select {
+	case err := <-s.served:
+		t.Fatalf("Serve: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	result := s.shutdown()
+	get(t, idle, true)
+	get(t, fresh, true)
+	s.over(result)
+}
+
+// A badListener fails, once it is told to, with an error.
+type badListener struct {
+	net.Listener
+	fail  chan error
+	ended chan struct{} // by Close
+}
+
+func (l badListener) Accept() (net.Conn, error) {
+	select {
+	case err := <-l.fail:
+		return nil, err
+	case <-l.ended:
+		return nil, io.ErrUnexpectedEOF
+	}
+}
+
+func (l badListener) Close() error { close(l.ended); return errors.New("close failed") }
+
+// An error of Accept that is not its end reaches Serve as it is; that of
+// closing comes from Shutdown.
+func TestListenerFails(t *testing.T) {
+	t.Parallel()
+	ln := badListener{listen(t), make(chan error, 1), make(chan struct{})}
+	s := newSite(t, long, &http.Server{Handler: ok}, ln)
+	failed := &net.OpError{Op: "accept", Err: syscall.EBADF}
+	ln.fail <- failed
+	if err := receive(t, s.served, "the end of Serve"); err != failed {
+		t.Errorf("Serve: %v; want %v", err, failed)
+	}
+	receive(t, ln.ended, "Close")
+
+	ln = badListener{listen(t), make(chan error, 1), make(chan struct{})}
+	s = newSite(t, long, &http.Server{Handler: ok}, ln)
+	s.counts(httpdrain.Counts{})
+	eventually(t, "Serve to accept", func() (string, bool) { // what Shutdown closes is what it serves
+		select {
+		case ln.fail <- syscall.EMFILE: // a temporary one
+			return "", false
+		default:
+			return "", len(ln.fail) == 1
+		}
+	})
+	if err := receive(t, s.shutdown(), "the end of Shutdown"); err == nil || !strings.Contains(err.Error(), "close failed") {
+		t.Errorf("Shutdown: %v; want the error of Close", err)
+	}
+	if err := receive(t, s.served, "the end of Serve"); err != http.ErrServerClosed {
+		t.Errorf("Serve: %v", err)
+	}
+}
+
+// srv.Close ends everything at once, a Shutdown that waits as well.
+func TestClose(t *testing.T) {
+	t.Parallel()
+	for _, draining := range []bool{false, true} {
+		t.Run(fmt.Sprint(draining), func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t, long, &http.Server{Handler: ok}, nil)
+			c := s.dial()
+			get(t, c, false)
+			var result chan error
+			if draining {
+				result = s.shutdown()
+			}
+			if err := s.srv.Close(); err != nil {
+				t.Fatal(err)
+			}
+			ends(t, c)
+			if !draining {
+				result = s.shutdown()
+			}
+			s.over(result)
+		})
+	}
+}
+
+// A mistake is told, and costs no more than srv.Shutdown does: the request that
+// is being served is.
+func TestMisuse(t *testing.T) {
+	t.Parallel()
+	type use struct {
+		srv *http.Server
+		d   *httpdrain.Drainer
+		ln  net.Listener
+	}
+	serve := func(u *use, ln net.Listener) {
+		go func() { _ = u.srv.Serve(ln) }()
+	}
+	for name, c := range map[string]struct {
+		do   func(u *use)
+		want string
+	}{
+		"no Listener": {func(u *use) {
+			u.d = httpdrain.New(u.srv)
+			serve(u, u.ln)
+		}, "not of Drainer.Listener"},
+		"one of two": {func(u *use) {
+			u.d = httpdrain.New(u.srv)
+			serve(u, u.d.Listener(listen(t)))
+			serve(u, u.ln)
+		}, "not of Drainer.Listener"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := newGate()
+			u := &use{srv: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == "/wait" {
+					g.ServeHTTP(w, r)
+					return
+				}
+				ok(w, r)
+			})}, ln: listen(t)}
+			c.do(u)
+			t.Cleanup(func() { u.srv.Close() })
+			busy := dial(t, u.ln.Addr().String())
+			if err := busy.send("/wait"); err != nil {
+				t.Fatal(err)
+			}
+			receive(t, g.called, "the handler")
+			ctx, cancel := context.WithTimeout(context.Background(), patience)
+			defer cancel()
+			result := make(chan error, 1)
+			go func() { result <- u.d.Shutdown(ctx) }()
+			receive(t, u.d.Draining(), "draining")
+			close(g.open)
+			if _, err := busy.receive("ok"); err != nil {
+				t.Error(err)
+			}
+			err := receive(t, result, "the end of Shutdown")
+			if !errors.Is(err, httpdrain.ErrMisused) || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("Shutdown: %v; want %q", err, c.want)
+			}
+		})
+	}
+}
+
+// New may have been called too late, whether its connections show it or not.
+func TestNewTooLate(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		wrap, shown bool
+		want        string
+	}{
+		{false, false, "Serve not after New"},
+		{false, true, "before New"},
+		{true, true, "before New"},
+	} {
+		t.Run(fmt.Sprint(c), func(t *testing.T) {
+			t.Parallel()
+			srv := &http.Server{Handler: ok}
+			ln := listen(t)
+			go func() { _ = srv.Serve(ln) }()
+			t.Cleanup(func() { srv.Close() })
+			client := dial(t, ln.Addr().String())
+			get(t, client, false)
+			d := httpdrain.New(srv)
+			if c.wrap {
+				_ = d.Listener(listen(t))
+			}
+			if c.shown {
+				get(t, client, false)
+			}
+			if err := d.Shutdown(context.Background()); !errors.Is(err, httpdrain.ErrMisused) || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("Shutdown: %v; want %q", err, c.want)
+			}
+		})
+	}
+}
+
+// A listener that nobody serves is no mistake, and is closed.
+func TestUnserved(t *testing.T) {
+	t.Parallel()
+	d := httpdrain.New(&http.Server{Handler: ok})
+	ln := listen(t)
+	_ = d.Listener(ln)
+	if err := d.Shutdown(context.Background()); err != nil {
+		t.Error(err)
+	}
+	if _, err := ln.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept: %v; want net.ErrClosed", err)
+	}
+}
+
+// A wrappedListener is somebody's around the drainer's, which keeps its address
+// to itself.
+type wrappedListener struct {
+	ln   net.Listener
+	addr net.Addr
+}
+
+func (l wrappedListener) Accept() (net.Conn, error) { return l.ln.Accept() }
+func (l wrappedListener) Close() error              { return l.ln.Close() }
+func (l wrappedListener) Addr() net.Addr            { return l.addr }
+
+func TestWrapper(t *testing.T) {
+	t.Parallel()
+	srv := &http.Server{Handler: ok}
+	d := httpdrain.New(srv)
+	ln := listen(t)
+	go func() { _ = srv.Serve(wrappedListener{d.Listener(ln), ln.Addr()}) }()
+	c := dial(t, ln.Addr().String())
+	get(t, c, false)
+	result := make(chan error, 1)
+	go func() { result <- d.Shutdown(context.Background()) }()
+	receive(t, d.Draining(), "draining")
+	get(t, c, true)
+	if err := receive(t, result, "the end of Shutdown"); err != nil {
+		t.Error(err)
+	}
+}
+
+// Several listeners are drained alike.
+func TestSeveralListeners(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, long, &http.Server{Handler: ok}, nil)
+	path := shortDir(t) + "/s"
+	second, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- s.srv.Serve(s.d.Listener(second)) }()
+	first := s.dial()
+	get(t, first, false)
+	nc, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	c := &rawConn{nc, bufio.NewReader(nc)}
+	get(t, c, false)
+	result := s.shutdown()
+	get(t, first, true)
+	get(t, c, true)
+	s.over(result)
+	if err := receive(t, served, "the second Serve"); err != http.ErrServerClosed {
+		t.Errorf("Serve: %v", err)
+	}
+}
+
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "hd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// Nothing is left of a server that has been drained. Not parallel: it counts
+// the process's goroutines and descriptors.
+func TestLeaks(t *testing.T) {
+	round := func() {
+		s := newSite(t, 20*time.Millisecond, &http.Server{Handler: ok}, nil)
+		for range 10 {
+			c := s.dial()
+			get(t, c, false)
+			s.dial()
+		}
+		s.counts(httpdrain.Counts{New: 10, Idle: 10})
+		result := s.shutdown()
+		s.over(result)
+		s.counts(httpdrain.Counts{})
+	}
+	count := func() int {
+		if entries, err := os.ReadDir("/proc/self/fd"); err == nil {
+			return len(entries)
+		}
+		return 0
+	}
+	t.Run("warm up", func(t *testing.T) { round() })
+	goroutines, fds := runtime.NumGoroutine(), count()
+	for range 3 {
+		round()
+	}
+	eventually(t, fmt.Sprintf("%d goroutines", goroutines), func() (string, bool) {
+		n := runtime.NumGoroutine()
+		return fmt.Sprintf("%d goroutines", n), n <= goroutines
+	})
+	// The clients of three rounds are open until the end of the test.
+	if n := count() - fds; n > 60 {
+		t.Errorf("%d descriptors more; want the 60 of the clients", n)
+	}
+}
