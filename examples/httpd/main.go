@@ -1,0 +1,134 @@
+// Httpd is a web server that can be replaced by a new version of itself without
+// a request being lost.
+//
+// It is meant to be copied: put your own handlers in the place of routes.
+//
+//	httpd -addr :8080 -pidfile /run/httpd.pid
+//	httpd -addr :8443 -cert cert.pem -key key.pem
+//
+// SIGHUP starts the program anew, whatever file is in its place by then. The
+// running process hands over its listening socket, sends the clients that it
+// has to the new one, each with the answer to its next request, and exits:
+// within -grace, if its clients are quiet, and in any case within -drain.
+// SIGTERM and SIGINT stop it the same way, without a successor; a second one
+// ends it at once.
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"flag"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/httpdrain"
+)
+
+var (
+	addr    = flag.String("addr", "127.0.0.1:8080", "TCP `address` to listen on")
+	cert    = flag.String("cert", "", "`file` with the certificate; empty: no TLS")
+	key     = flag.String("key", "", "`file` with its key")
+	pidFile = flag.String("pidfile", "", "`path` of the PID file; empty: none")
+	grace   = flag.Duration("grace", httpdrain.DefaultGrace, "`time` that a quiet connection stays open after the end of accepting")
+	drain   = flag.Duration("drain", 30*time.Second, "longest `time` to serve connected clients after the end of accepting")
+)
+
+func main() {
+	flag.Parse()
+	log.SetPrefix(fmt.Sprintf("httpd[%d] ", os.Getpid()))
+	log.SetFlags(log.Ltime | log.Lmicroseconds | log.Lmsgprefix)
+	if err := run(); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func run() error {
+	u, err := ecdysis.New(ecdysis.Options{
+		PIDFile:        *pidFile,
+		UpgradeSignals: []os.Signal{syscall.SIGHUP},
+		StopSignals:    []os.Signal{syscall.SIGTERM, os.Interrupt},
+		Notify:         func(e ecdysis.Event) { log.Print(e) },
+	})
+	if err != nil {
+		return err
+	}
+
+	// Whatever can fail comes before Ready. Until then an older process, if
+	// there is one, goes on serving; Fail makes it report the reason.
+	if flag.NArg() > 0 || *grace <= 0 || *drain <= 0 {
+		return u.Fail(errors.New("there are no arguments beside the flags, and -grace and -drain are more than 0; see httpd -h"))
+	}
+	ln, err := u.Listen("tcp", *addr)
+	if err != nil {
+		return u.Fail(err)
+	}
+	log.Printf("listening on %s", ln.Addr())
+
+	mux := http.NewServeMux()
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute}
+	serve := srv.Serve
+	if *cert != "" || *key != "" {
+		pair, err := tls.LoadX509KeyPair(*cert, *key)
+		if err != nil {
+			return u.Fail(err)
+		}
+		srv.TLSConfig = &tls.Config{Certificates: []tls.Certificate{pair}}
+		serve = func(ln net.Listener) error { return srv.ServeTLS(ln, "", "") }
+	}
+	d := httpdrain.New(srv) // when srv is complete
+	d.Grace = *grace
+	routes(mux, u.Generation(), d.Draining())
+
+	go func() {
+		if err := serve(d.Listener(ln)); err != http.ErrServerClosed {
+			log.Fatal(err)
+		}
+	}()
+	if err := u.Ready(); err != nil {
+		return err
+	}
+
+	u.Wait() // until replaced or stopped
+	ctx, cancel := context.WithTimeout(context.Background(), *drain)
+	defer cancel()
+	if err := d.Shutdown(ctx); err != nil {
+		return err
+	}
+	log.Print("all clients are served")
+	return nil
+}
+
+// routes is the service.
+func routes(mux *http.ServeMux, generation int, draining <-chan struct{}) {
+	mux.HandleFunc("/{$}", func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, "pid=%d generation=%d\n", os.Getpid(), generation)
+	})
+
+	// A stream has no end of its own: it ends when the process is to, and the
+	// client, as the protocol of server-sent events has it, connects again.
+	mux.HandleFunc("/events", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/event-stream")
+		tick := time.NewTicker(time.Second)
+		defer tick.Stop()
+		for {
+			fmt.Fprintf(w, "data: pid=%d generation=%d\n\n", os.Getpid(), generation)
+			if err := http.NewResponseController(w).Flush(); err != nil {
+				return
+			}
+			select {
+			case <-tick.C:
+			case <-r.Context().Done():
+				return
+			case <-draining:
+				return
+			}
+		}
+	})
+}

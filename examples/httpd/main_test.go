@@ -1,0 +1,316 @@
+package main
+
+import (
+	"bufio"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// patience is how long a test waits for what must happen.
+const patience = 20 * time.Second
+
+// build returns the path of the real program.
+func build(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "httpd")
+	if out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	return path
+}
+
+// A daemon is an httpd and its successors, which share its standard error.
+type daemon struct {
+	t       *testing.T
+	cmd     *exec.Cmd
+	lines   chan string // of the log; closed when every generation has ended
+	pidFile string
+	url     string
+}
+
+func start(t *testing.T, scheme string, args ...string) *daemon {
+	t.Helper()
+	d := &daemon{t: t, lines: make(chan string, 1000), pidFile: filepath.Join(t.TempDir(), "pid")}
+	d.cmd = exec.Command(build(t), append([]string{"-addr", "127.0.0.1:0", "-pidfile", d.pidFile}, args...)...)
+	// A group of its own: whatever is left of it is ended with the test.
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.cmd.Stderr = w
+	if err := d.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	go func() {
+		defer close(d.lines)
+		defer r.Close()
+		for s := bufio.NewScanner(r); s.Scan(); {
+			d.lines <- s.Text()
+		}
+	}()
+	t.Cleanup(func() {
+		if d.cmd.ProcessState == nil {
+			defer d.cmd.Wait()
+		}
+		for {
+			select {
+			case _, ok := <-d.lines:
+				if !ok {
+					return
+				}
+			default: // one lives still, so the group's number is not free
+				_ = syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL)
+				for range d.lines {
+				}
+				return
+			}
+		}
+	})
+	d.url = scheme + "://" + d.await(`listening on (\S+)`)
+	return d
+}
+
+// await returns what the next line of the log that matches has in its
+// parentheses.
+func (d *daemon) await(pattern string) string {
+	d.t.Helper()
+	re := regexp.MustCompile(pattern)
+	limit := time.After(patience)
+	seen := ""
+	for {
+		select {
+		case line, ok := <-d.lines:
+			if m := re.FindStringSubmatch(line); m != nil {
+				return m[1]
+			}
+			if seen += "\n" + line; !ok {
+				d.t.Fatalf("all processes have ended without a line %q:%s", pattern, seen)
+			}
+		case <-limit:
+			d.t.Fatalf("no line %q:%s", pattern, seen)
+		}
+	}
+}
+
+// ready returns the process ID of the generation that becomes ready next.
+func (d *daemon) ready(generation int) int {
+	d.t.Helper()
+	pid, err := strconv.Atoi(d.await(`ready: pid=(\d+) generation=` + strconv.Itoa(generation) + `$`))
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return pid
+}
+
+func (d *daemon) signal(pid int, s syscall.Signal) {
+	d.t.Helper()
+	if err := syscall.Kill(pid, s); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// ended returns when the process says that it has drained.
+func (d *daemon) ended(pid int) {
+	d.t.Helper()
+	d.await(`httpd\[` + strconv.Itoa(pid) + `\] (all clients are served)`)
+}
+
+// stop tells pid to end, and waits until all have. A signal to stop is caught
+// once Upgrader.Wait runs; an upgrade that fails for want of a program shows
+// that it does.
+func (d *daemon) stop(pid int) {
+	d.t.Helper()
+	if err := os.Remove(d.cmd.Path); err != nil {
+		d.t.Fatal(err)
+	}
+	d.signal(pid, syscall.SIGHUP)
+	d.await(`(upgrade failed) by signal hangup: .*failed at start: .*no such file`)
+	d.signal(pid, syscall.SIGTERM)
+	d.await(`(stopping) by signal terminated: pid=` + strconv.Itoa(pid))
+	d.ended(pid)
+	for range d.lines {
+	}
+	if _, err := os.Lstat(d.pidFile); !errors.Is(err, os.ErrNotExist) {
+		d.t.Errorf("%s is left: %v", d.pidFile, err)
+	}
+}
+
+// client returns one with connections of its own.
+func client(t *testing.T) *http.Client {
+	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport, Timeout: patience}
+}
+
+func ask(c *http.Client, url string) (string, error) {
+	resp, err := c.Get(url)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = errors.New(resp.Status)
+	}
+	return string(b), err
+}
+
+// wants asks for the front page and wants it from this process.
+func (d *daemon) wants(c *http.Client, pid, generation int) {
+	d.t.Helper()
+	got, err := ask(c, d.url)
+	if want := fmt.Sprintf("pid=%d generation=%d\n", pid, generation); err != nil || got != want {
+		d.t.Fatalf("got %q, %v; want %q", got, err, want)
+	}
+}
+
+// A client on a kept connection, and a stream of events, find their way to the
+// next process; nobody loses a request meanwhile.
+func TestUpgradeAndStop(t *testing.T) {
+	t.Parallel()
+	for _, scheme := range []string{"http", "https"} {
+		t.Run(scheme, func(t *testing.T) {
+			t.Parallel()
+			args := []string{"-grace", "10s"}
+			if scheme == "https" {
+				cert, key := certificate(t)
+				args = append(args, "-cert", cert, "-key", key)
+			}
+			d := start(t, scheme, args...)
+			pid := d.ready(0)
+			kept, streaming := client(t), client(t)
+
+			stop := make(chan struct{})
+			var load sync.WaitGroup
+			for range 4 {
+				c := client(t)
+				load.Go(func() {
+					defer c.CloseIdleConnections()
+					for {
+						select {
+						case <-stop:
+							return
+						default:
+						}
+						if _, err := ask(c, d.url); err != nil {
+							t.Error(err)
+						}
+					}
+				})
+			}
+			for generation := range 3 {
+				d.wants(kept, pid, generation)
+				resp, err := streaming.Get(d.url + "/events")
+				if err != nil {
+					t.Fatal(err)
+				}
+				events := bufio.NewReader(resp.Body)
+				if line, err := events.ReadString('\n'); line != fmt.Sprintf("data: pid=%d generation=%d\n", pid, generation) {
+					t.Fatalf("event %q, %v", line, err)
+				}
+				d.signal(pid, syscall.SIGHUP)
+				next := d.ready(generation + 1)
+				if _, err := io.ReadAll(events); err != nil {
+					t.Fatalf("the end of the events: %v", err)
+				}
+				resp.Body.Close()
+				streaming.CloseIdleConnections()
+				d.wants(kept, pid, generation) // on its connection, for the last time
+				d.wants(kept, next, generation+1)
+				d.ended(pid)
+				pid = next
+			}
+			close(stop)
+			load.Wait()
+			kept.CloseIdleConnections()
+			d.stop(pid)
+			if err := d.cmd.Wait(); err != nil {
+				t.Errorf("the first process: %v", err)
+			}
+			if _, err := ask(client(t), d.url); err == nil {
+				t.Error("somebody still listens")
+			}
+		})
+	}
+}
+
+// certificate returns the paths of one for 127.0.0.1 and of its key.
+func certificate(t *testing.T) (cert, key string) {
+	t.Helper()
+	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &k.PublicKey, k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, key = filepath.Join(t.TempDir(), "cert"), filepath.Join(t.TempDir(), "key")
+	if err := errors.Join(
+		os.WriteFile(cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600),
+		os.WriteFile(key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	return cert, key
+}
+
+// A client that never lets go does not keep the old process for ever: it exits
+// with an error that says what was left.
+func TestDrainIsBounded(t *testing.T) {
+	t.Parallel()
+	d := start(t, "http", "-grace", "1h", "-drain", "300ms")
+	first := d.ready(0)
+	kept := client(t)
+	d.wants(kept, first, 0)
+	d.signal(first, syscall.SIGHUP)
+	second := d.ready(1)
+	d.await(`httpd\[` + strconv.Itoa(first) + `\] (httpdrain: context deadline exceeded; left: 0 new, 0 active and 1 idle)`)
+	d.wants(kept, second, 1)
+}
+
+func TestBadFlags(t *testing.T) {
+	t.Parallel()
+	path := build(t)
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"extra"}, "no arguments beside the flags"},
+		{[]string{"-grace", "0s"}, "more than 0"},
+		{[]string{"-drain", "-1s"}, "more than 0"},
+		{[]string{"-addr", "127.0.0.1:none"}, "127.0.0.1:none"},
+		{[]string{"-addr", "127.0.0.1:0", "-cert", "/nonexistent"}, "no such file"},
+	} {
+		out, err := exec.Command(path, c.args...).CombinedOutput()
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(string(out), c.want) {
+			t.Errorf("httpd %q: %v, %q; want status 1 and %q", c.args, err, out, c.want)
+		}
+	}
+}
