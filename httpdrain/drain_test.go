@@ -3,6 +3,7 @@ package httpdrain_test
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -323,21 +324,109 @@ func isPast(t time.Time) bool { return !t.IsZero() && t.Before(time.Now().Add(-t
 // served however late that is.
 func TestUnreadIsServed(t *testing.T) {
 	t.Parallel()
-	at, goOn := make(chan struct{}, 100), make(chan struct{})
-	s := newSite(t, 10*time.Millisecond, &http.Server{Handler: ok}, &hookedListener{Listener: listen(t), hook: &hookedConn{
-		read: func() { at <- struct{}{}; <-goOn },
+	for _, secure := range []bool{false, true} {
+		t.Run(fmt.Sprint(secure), func(t *testing.T) {
+			t.Parallel()
+			at, goOn := make(chan struct{}, 100), make(chan struct{})
+			var answered atomic.Bool
+			var ln net.Listener = &hookedListener{Listener: listen(t), hook: &hookedConn{read: func() {
+				if answered.Load() {
+					at <- struct{}{}
+					<-goOn
+				}
+			}}}
+			if secure {
+				cert, _ := certificate(t)
+				ln = tls.NewListener(ln, tlsConfig(t, cert))
+			}
+			s := newSite(t, 10*time.Millisecond, &http.Server{Handler: ok, ConnState: func(c net.Conn, state http.ConnState) {
+				answered.CompareAndSwap(false, state == http.StateIdle)
+			}}, ln)
+			c := s.dial()
+			if secure {
+				tc := tls.Client(c.Conn, &tls.Config{InsecureSkipVerify: true})
+				c = &rawConn{tc, bufio.NewReader(tc)}
+			}
+			get(t, c, false)
+			receive(t, at, "the server's read")
+			silent := s.dial()
+			s.counts(httpdrain.Counts{New: 1, Idle: 1})
+			if err := c.send("/"); err != nil {
+				t.Fatal(err)
+			}
+			result := s.shutdown()
+			ends(t, silent) // the grace is over
+			time.Sleep(50 * time.Millisecond)
+			close(goOn)
+			if closed, err := c.receive("ok"); !closed || err != nil {
+				t.Fatalf("closed %v, %v", closed, err)
+			}
+			s.over(result)
+		})
+	}
+}
+
+// A listener whose connections are all hooked.
+type hookingListener struct {
+	net.Listener
+	deadline func(c *net.TCPConn, t time.Time)
+}
+
+func (l hookingListener) Accept() (net.Conn, error) {
+	nc, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	c := nc.(*net.TCPConn)
+	return &hookedConn{TCPConn: c, deadline: func(set func(time.Time) error, t time.Time) error {
+		l.deadline(c, t)
+		return set(t)
+	}}, nil
+}
+
+// A request that comes when its connection is next to be closed is served, body
+// and all.
+func TestLateIsServed(t *testing.T) {
+	t.Parallel()
+	var clients sync.Map // address to *rawConn
+	called, late := make(chan struct{}, 1), make(chan *rawConn, 1)
+	var once sync.Once
+	s := newSite(t, 10*time.Millisecond, &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		called <- struct{}{}
+		if b, err := io.ReadAll(r.Body); err != nil || string(b) != "body" {
+			t.Errorf("body %q, %v", b, err)
+		}
+		ok(w, r)
+	})}, hookingListener{listen(t), func(c *net.TCPConn, d time.Time) {
+		if !isPast(d) {
+			return
+		}
+		once.Do(func() { // for one of the two; the other one's turn is next
+			clients.Range(func(addr, client any) bool {
+				if addr == c.RemoteAddr().String() {
+					return true
+				}
+				other := client.(*rawConn)
+				if _, err := io.WriteString(other, "POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\n"); err != nil {
+					t.Error(err)
+				}
+				receive(t, called, "the handler")
+				late <- other
+				return false
+			})
+		})
 	}})
-	c := s.dial()
-	receive(t, at, "the server's read")
-	silent := s.dial()
+	for range 2 {
+		c := s.dial()
+		clients.Store(c.LocalAddr().String(), c)
+	}
 	s.counts(httpdrain.Counts{New: 2})
-	if err := c.send("/"); err != nil {
+	result := s.shutdown()
+	c := receive(t, late, "the late request")
+	time.Sleep(20 * time.Millisecond)
+	if _, err := io.WriteString(c, "body"); err != nil {
 		t.Fatal(err)
 	}
-	result := s.shutdown()
-	ends(t, silent) // the grace is over
-	time.Sleep(50 * time.Millisecond)
-	close(goOn)
 	if closed, err := c.receive("ok"); !closed || err != nil {
 		t.Fatalf("closed %v, %v", closed, err)
 	}
