@@ -22,6 +22,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -35,7 +36,7 @@ import (
 // error, on which they say what they do.
 
 const (
-	roleVar  = "HTTPDRAIN_TEST_ROLE" // how the server ends: one of the ends
+	roleVar  = "HTTPDRAIN_TEST_ROLE" // for a server: how it ends, one of the ends
 	graceVar = "HTTPDRAIN_TEST_GRACE"
 	certVar  = "HTTPDRAIN_TEST_CERT" // path of the certificate; the key is beside it
 
@@ -44,17 +45,22 @@ const (
 )
 
 func TestMain(m *testing.M) {
-	switch role := os.Getenv(roleVar); role {
-	case "":
+	var err error
+	switch role := strings.Fields(os.Getenv(roleVar)); {
+	case len(role) == 0:
 		os.Exit(m.Run())
-	case "example":
+	case role[0] == "example":
 		address = "127.0.0.1:0"
 		Example()
+	case role[0] == "idle":
+		n, _ := strconv.Atoi(role[2])
+		err = idleClients(role[1], n)
 	default:
-		if err := serverMain(role); err != nil {
-			fmt.Fprintln(os.Stderr, "server:", err)
-			os.Exit(1)
-		}
+		err = serverMain(role[0])
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", os.Getenv(roleVar), err)
+		os.Exit(1)
 	}
 }
 

@@ -247,8 +247,9 @@ func (d *Drainer) wait(ctx context.Context, look func(context.Context) (done boo
 		if done, err := look(ctx); done || err != nil {
 			return err
 		}
-		// A look takes its time when there are many connections.
-		if !sleep(ctx, max(5*time.Millisecond, 10*time.Since(began))) {
+		// A look takes its time when there are many connections: then others
+		// are fewer, and the end is a little late.
+		if !sleep(ctx, min(max(5*time.Millisecond, 10*time.Since(began)), 100*time.Millisecond)) {
 			return d.ended(ctx)
 		}
 	}
@@ -308,7 +309,7 @@ func (d *Drainer) look(ctx context.Context) (done bool, err error) {
 	// are still there at the next look get another one. They do not all get it
 	// at once: a server goroutine should close its connection soon after a look
 	// at what has arrived on it.
-	const batch, pace = 16, time.Millisecond
+	const batch, pace = 32, time.Millisecond
 	for i, c := range over {
 		if i%batch == batch-1 && !sleep(ctx, pace) {
 			break // wait finds out
