@@ -3,7 +3,7 @@
 //
 // It is meant to be copied: put your own handlers in the place of routes.
 //
-//	httpd -addr :8080 -pidfile /run/httpd.pid
+//	httpd -addr :8080 -pidfile /run/httpd.pid -control /run/httpd
 //	httpd -addr :8443 -cert cert.pem -key key.pem
 //
 // SIGHUP starts the program anew, whatever file is in its place by then. The
@@ -11,7 +11,12 @@
 // has to the new one, each with the answer to its next request, and exits:
 // within -grace, if its clients are quiet, and in any case within -drain.
 // SIGTERM and SIGINT stop it the same way, without a successor; a second one
-// ends it at once.
+// ends it at once. With -control other programs can ask for both, such as
+//
+//	httpd -request /run/httpd/upgrade
+//	httpd -request /run/httpd/stop
+//
+// which print how it went when it is done, and exit with status 0 or 1.
 package main
 
 import (
@@ -36,6 +41,8 @@ var (
 	cert    = flag.String("cert", "", "`file` with the certificate; empty: no TLS")
 	key     = flag.String("key", "", "`file` with its key")
 	pidFile = flag.String("pidfile", "", "`path` of the PID file; empty: none")
+	control = flag.String("control", "", "existing `directory` for the control sockets upgrade and stop; empty: none")
+	request = flag.String("request", "", "`path` of such a socket, to ask the process that runs, and exit")
 	grace   = flag.Duration("grace", httpdrain.DefaultGrace, "`time` that a quiet connection stays open after the end of accepting")
 	drain   = flag.Duration("drain", 30*time.Second, "longest `time` to serve connected clients after the end of accepting")
 )
@@ -50,12 +57,23 @@ func main() {
 }
 
 func run() error {
-	u, err := ecdysis.New(ecdysis.Options{
+	if *request != "" {
+		line, err := ecdysis.Request(context.Background(), *request)
+		if err == nil {
+			fmt.Println("ok", line)
+		}
+		return err
+	}
+	opts := ecdysis.Options{
 		PIDFile:        *pidFile,
 		UpgradeSignals: []os.Signal{syscall.SIGHUP},
 		StopSignals:    []os.Signal{syscall.SIGTERM, os.Interrupt},
 		Notify:         func(e ecdysis.Event) { log.Print(e) },
-	})
+	}
+	if *control != "" {
+		opts.UpgradeSocket, opts.StopSocket = *control+"/upgrade", *control+"/stop"
+	}
+	u, err := ecdysis.New(opts)
 	if err != nil {
 		return err
 	}
@@ -111,17 +129,14 @@ func routes(mux *http.ServeMux, generation int, draining <-chan struct{}) {
 		fmt.Fprintf(w, "pid=%d generation=%d\n", os.Getpid(), generation)
 	})
 
-	// A stream has no end of its own: it ends when the process is to, and the
-	// client, as the protocol of server-sent events has it, connects again.
+	// A stream ends when the process is to, and its client connects again.
 	mux.HandleFunc("/events", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/event-stream")
 		tick := time.NewTicker(time.Second)
 		defer tick.Stop()
 		for {
 			fmt.Fprintf(w, "data: pid=%d generation=%d\n\n", os.Getpid(), generation)
-			if err := http.NewResponseController(w).Flush(); err != nil {
-				return
-			}
+			_ = http.NewResponseController(w).Flush() // fails when the context has ended
 			select {
 			case <-tick.C:
 			case <-r.Context().Done():

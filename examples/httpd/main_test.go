@@ -44,13 +44,19 @@ type daemon struct {
 	cmd     *exec.Cmd
 	lines   chan string // of the log; closed when every generation has ended
 	pidFile string
+	control string // where the control sockets are
 	url     string
 }
 
 func start(t *testing.T, scheme string, args ...string) *daemon {
 	t.Helper()
-	d := &daemon{t: t, lines: make(chan string, 1000), pidFile: filepath.Join(t.TempDir(), "pid")}
-	d.cmd = exec.Command(build(t), append([]string{"-addr", "127.0.0.1:0", "-pidfile", d.pidFile}, args...)...)
+	control, err := os.MkdirTemp("", "httpd") // t.TempDir may be too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(control) })
+	d := &daemon{t: t, lines: make(chan string, 1000), pidFile: filepath.Join(t.TempDir(), "pid"), control: control}
+	d.cmd = exec.Command(build(t), append([]string{"-addr", "127.0.0.1:0", "-pidfile", d.pidFile, "-control", control}, args...)...)
 	// A group of its own: whatever is left of it is ended with the test.
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	r, w, err := os.Pipe()
@@ -130,6 +136,22 @@ func (d *daemon) signal(pid int, s syscall.Signal) {
 	}
 }
 
+// request asks at a control socket, as an operator does, and returns what is
+// printed and, unless it is 0, the exit status.
+func (d *daemon) request(name string) string {
+	d.t.Helper()
+	out, err := exec.Command(d.cmd.Path, "-request", filepath.Join(d.control, name)).CombinedOutput()
+	if err != nil {
+		out = append(out, err.Error()...)
+	}
+	return string(out)
+}
+
+// answer is what is printed when all went well.
+func answer(pid, generation int) string {
+	return fmt.Sprintf("ok pid=%d generation=%d\n", pid, generation)
+}
+
 // ended returns when the process says that it has drained.
 func (d *daemon) ended(pid int) {
 	d.t.Helper()
@@ -148,11 +170,20 @@ func (d *daemon) stop(pid int) {
 	d.await(`(upgrade failed) by signal hangup: .*failed at start: .*no such file`)
 	d.signal(pid, syscall.SIGTERM)
 	d.await(`(stopping) by signal terminated: pid=` + strconv.Itoa(pid))
+	d.leavesNothing(pid)
+}
+
+// leavesNothing asserts that the last process, which is pid, drains and ends,
+// and that no file is left.
+func (d *daemon) leavesNothing(pid int) {
+	d.t.Helper()
 	d.ended(pid)
 	for range d.lines {
 	}
-	if _, err := os.Lstat(d.pidFile); !errors.Is(err, os.ErrNotExist) {
-		d.t.Errorf("%s is left: %v", d.pidFile, err)
+	for _, path := range []string{d.pidFile, filepath.Join(d.control, "upgrade"), filepath.Join(d.control, "stop")} {
+		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+			d.t.Errorf("%s is left: %v", path, err)
+		}
 	}
 }
 
@@ -189,8 +220,9 @@ func (d *daemon) wants(c *http.Client, pid, generation int) {
 // next process; nobody loses a request meanwhile.
 func TestUpgradeAndStop(t *testing.T) {
 	t.Parallel()
-	for _, scheme := range []string{"http", "https"} {
-		t.Run(scheme, func(t *testing.T) {
+	for _, c := range []struct{ scheme, by string }{{"http", "signal"}, {"https", "signal"}, {"http", "socket"}} {
+		scheme := c.scheme
+		t.Run(scheme+" by "+c.by, func(t *testing.T) {
 			t.Parallel()
 			args := []string{"-grace", "10s"}
 			if scheme == "https" {
@@ -229,8 +261,16 @@ func TestUpgradeAndStop(t *testing.T) {
 				if line, err := events.ReadString('\n'); line != fmt.Sprintf("data: pid=%d generation=%d\n", pid, generation) {
 					t.Fatalf("event %q, %v", line, err)
 				}
-				d.signal(pid, syscall.SIGHUP)
+				out := ""
+				if c.by == "signal" {
+					d.signal(pid, syscall.SIGHUP)
+				} else {
+					out = d.request("upgrade")
+				}
 				next := d.ready(generation + 1)
+				if want := answer(next, generation+1); c.by == "socket" && out != want {
+					t.Errorf("httpd -request prints %q; want %q", out, want)
+				}
 				if _, err := io.ReadAll(events); err != nil {
 					t.Fatalf("the end of the events: %v", err)
 				}
@@ -244,7 +284,17 @@ func TestUpgradeAndStop(t *testing.T) {
 			close(stop)
 			load.Wait()
 			kept.CloseIdleConnections()
-			d.stop(pid)
+			if c.by == "signal" {
+				d.stop(pid)
+			} else {
+				if out, want := d.request("stop"), answer(pid, 3); out != want {
+					t.Errorf("httpd -request prints %q; want %q", out, want)
+				}
+				d.leavesNothing(pid)
+				if out := d.request("stop"); !strings.Contains(out, "no such file") || !strings.Contains(out, "exit status 1") {
+					t.Errorf("httpd -request with nobody there prints %q", out)
+				}
+			}
 			if err := d.cmd.Wait(); err != nil {
 				t.Errorf("the first process: %v", err)
 			}
