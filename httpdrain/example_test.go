@@ -6,7 +6,9 @@ import (
 	"log"
 	"net/http"
 	"os"
+	"strings"
 	"syscall"
+	"testing"
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
@@ -33,8 +35,10 @@ func Example() {
 	}
 	log.Print("listening on ", ln.Addr())
 
-	http.HandleFunc("/{$}", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "hello\n") })
-	srv := &http.Server{}
+	mux := http.NewServeMux()
+	mux.HandleFunc("/{$}", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "hello\n") })
+
+	srv := &http.Server{Handler: mux}
 	d := httpdrain.New(srv)                              // when srv is configured
 	go func() { log.Print(srv.Serve(d.Listener(ln))) }() // waits for Ready
 
@@ -83,5 +87,24 @@ func ExampleDrainer_Counts() {
 		case <-tick:
 			log.Print("waiting for ", d.Counts()) // 0 new, 1 active and 3 idle connections, 1 handlers
 		}
+	}
+}
+
+// The README's lines for web servers are those of the example.
+func TestReadme(t *testing.T) {
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	example, err := os.ReadFile("example_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(readme), "\n## Web servers\n")
+	_, lines, _ := strings.Cut(section, "```go\n")
+	lines, _, _ = strings.Cut(lines, "```\n")
+	indented := strings.ReplaceAll("\n"+strings.TrimSuffix(lines, "\n"), "\n", "\n\t")
+	if lines == "" || !strings.Contains(string(example), strings.ReplaceAll(indented, "\n\t\n", "\n\n")) {
+		t.Errorf("the README's lines are not those of Example:\n%s", lines)
 	}
 }

@@ -101,10 +101,10 @@ func newDaemon(ctx context.Context) (*daemon, error) {
 	return d, nil
 }
 
-func (d *daemon) build() error {
-	out, err := exec.CommandContext(d.ctx, "go", "build", "-o", d.echod, echodPackage).CombinedOutput()
+func build(ctx context.Context, program, pkg string) error {
+	out, err := exec.CommandContext(ctx, "go", "build", "-o", program, pkg).CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("go build %s, in the module's directory: %w\n%s", echodPackage, err, out)
+		return fmt.Errorf("go build %s, in the module's directory: %w\n%s", pkg, err, out)
 	}
 	return nil
 }
@@ -124,18 +124,30 @@ func (d *daemon) start() error {
 	if err := d.install(d.echod); err != nil {
 		return err
 	}
+	// The time-out is for the successor that hangs.
+	cmd := exec.Command(d.program, "-tcp", "127.0.0.1:0", "-unix", d.unix, "-pidfile", d.pidFile, "-control", d.control, "-timeout", "3s")
+	cmd.Env = append(os.Environ(), standInVar+"="+d.standIns.Addr().String())
+	began := time.Now()
+	if err := d.launch(cmd); err != nil {
+		return err
+	}
+	var err error
+	if d.tcp, err = d.await(`listening on tcp (\S+)$`); err != nil {
+		return err
+	}
+	return d.ready(began)
+}
+
+// launch starts the first process and follows its log.
+func (d *daemon) launch(cmd *exec.Cmd) error {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	d.stderr = w
-	// The time-out is for the successor that hangs.
-	cmd := exec.Command(d.program, "-tcp", "127.0.0.1:0", "-unix", d.unix, "-pidfile", d.pidFile, "-control", d.control, "-timeout", "3s")
-	cmd.Env = append(os.Environ(), standInVar+"="+d.standIns.Addr().String())
 	cmd.Stderr = w // every generation inherits it
 	// A process group of its own: Ctrl-C is for the demo, which ends them all.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	began := time.Now()
 	if err := cmd.Start(); err != nil {
 		r.Close()
 		return err
@@ -148,10 +160,7 @@ func (d *daemon) start() error {
 			d.log <- s.Text()
 		}
 	}()
-	if d.tcp, err = d.await(`listening on tcp (\S+)$`); err != nil {
-		return err
-	}
-	return d.ready(began)
+	return nil
 }
 
 // await returns what the next line of the log that matches has in the
@@ -170,10 +179,10 @@ func (d *daemon) await(pattern string) (string, error) {
 				return m[1], nil
 			}
 			if seen += "\n" + line; !ok {
-				return "", fmt.Errorf("echod has ended; its log:%s", seen)
+				return "", fmt.Errorf("the daemon has ended; its log:%s", seen)
 			}
 		case <-limit:
-			return "", fmt.Errorf("no %q in echod's log:%s", pattern, seen)
+			return "", fmt.Errorf("no %q in the daemon's log:%s", pattern, seen)
 		case <-d.ctx.Done():
 			return "", d.ctx.Err()
 		}
@@ -387,7 +396,9 @@ func (d *daemon) stop() error {
 
 // cleanUp ends what is left.
 func (d *daemon) cleanUp() {
-	d.standIns.Close()
+	if d.standIns != nil {
+		d.standIns.Close()
+	}
 	if d.stderr != nil {
 		d.stderr.Close()
 	}

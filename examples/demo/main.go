@@ -7,8 +7,9 @@
 // connecting to it while it is replaced five times, gets a successor that
 // crashes, one that hangs and one that is missing, is killed in the middle of
 // an upgrade, is taken over by a process that it has not started, and comes back
-// when its last successor is killed during its probation. Then it prints a table
-// and a verdict. The exit status is 1 if a single request has failed.
+// when its last successor is killed during its probation. Then it replaces a web
+// server, examples/httpd, under clients that keep their connections, and prints
+// a table and a verdict. The exit status is 1 if a single request has failed.
 package main
 
 import (
@@ -68,7 +69,7 @@ func tour(ctx context.Context) (*report, error) {
 	defer out.end()
 
 	out.say("building examples/echod")
-	if err := d.build(); err != nil {
+	if err := build(ctx, d.echod, echodPackage); err != nil {
 		return nil, err
 	}
 	if err := d.start(); err != nil {
@@ -114,7 +115,12 @@ func tour(ctx context.Context) (*report, error) {
 	if err := d.stop(); err != nil {
 		return nil, err
 	}
+	var failures []failure
+	if r.Web, failures, err = tourWeb(ctx, d.dir, out.say); err != nil {
+		return nil, fmt.Errorf("the web server: %w", err)
+	}
 	r.count(d.generations, load)
+	r.countWeb(failures)
 	r.Seconds = ms(time.Since(began)) / 1000
 	return r, nil
 }
@@ -138,6 +144,7 @@ type report struct {
 	Answered       int             `json:"answered"`
 	Failed         int             `json:"failed"`
 	Killed         int             `json:"in_the_hands_of_the_killed"`
+	Web            webReport       `json:"web"`
 	Errors         []string        `json:"errors"` // of the failed requests, the first few
 	Seconds        float64         `json:"seconds"`
 	OK             bool            `json:"ok"`
@@ -175,6 +182,19 @@ func (r *report) count(list []*generation, l *load) {
 	}
 	if !r.OK {
 		r.Verdict = fmt.Sprintf("%d of %d requests failed", r.Failed, r.Answered+r.Failed)
+	}
+}
+
+// countWeb enters what the web server's clients saw. It comes last.
+func (r *report) countWeb(failures []failure) {
+	for _, f := range failures[:min(len(failures), 5)] {
+		r.Errors = append(r.Errors, "web server: "+f.err.Error())
+	}
+	r.OK = r.OK && len(failures) == 0
+	if len(failures) == 0 {
+		r.Verdict += fmt.Sprintf("; the web server's %d, through %d upgrades, were all answered", r.Web.Answered, r.Web.Upgrades)
+	} else {
+		r.Verdict += fmt.Sprintf("; %d of %d requests to the web server failed", len(failures), r.Web.Answered+len(failures))
 	}
 }
 

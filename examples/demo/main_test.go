@@ -94,6 +94,9 @@ func TestDemo(t *testing.T) {
 			t.Errorf("failed upgrade %+v; want %q and generation %d serving", f, want[i].reason, want[i].serves)
 		}
 	}
+	if w := r.Web; w.Upgrades != 5 || w.Answered < 3000 || w.Failed != 0 {
+		t.Errorf("the web server: %+v; want 5 upgrades and 3000 requests or more", w)
+	}
 	leavesNothing(t, temp, pids...)
 }
 
@@ -125,6 +128,13 @@ func TestVerdict(t *testing.T) {
 		if r.Answered != c.answered || r.Failed != c.failed || r.Killed != c.hit || r.OK != (c.failed == 0) || len(r.Errors) != c.failed {
 			t.Errorf("a failure %s: %+v", c.name, r)
 		}
+	}
+	r := report{OK: true}
+	if r.countWeb(nil); !r.OK {
+		t.Errorf("a web server without a failure: %+v", r)
+	}
+	if r.countWeb([]failure{{err: errors.New("reset")}}); r.OK || len(r.Errors) != 1 {
+		t.Errorf("a failure of the web server: %+v", r)
 	}
 }
 
