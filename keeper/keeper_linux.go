@@ -1,0 +1,278 @@
+package keeper
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	parentVar = "ECDYSIS_PARENT" // by which a successor finds its older process
+	keeperVar = "ECDYSIS_KEEPER" // by which a keeper's child, and its next program, knows what it is
+	childRole = "child of %d"
+	nextRole  = "keeper %d of %d, group %d"
+)
+
+// A keeper is the process that stays. It has one goroutine, which waits for
+// signals alone: a child's end and a change of the PID file are signals, too.
+type keeper struct {
+	pidFile string
+	dir     int // its directory, which signals changes
+	program string
+	self    os.FileInfo    // of the program that this process runs
+	changes chan os.Signal // there is something to look at; one stands for many
+	signals chan os.Signal // to be forwarded
+
+	seen        os.FileInfo      // of the PID file that was read last
+	group       int              // the process group of all generations
+	generations []int            // those that live; the youngest is the last one
+	youngest    int              // named by the PID file last; it may have ended
+	status      *unix.WaitStatus // how; nil: it has not, as far as is known
+}
+
+func stay(pidFile string) error {
+	role := os.Getenv(keeperVar)
+	_ = os.Unsetenv(keeperVar)
+	if _, ok := os.LookupEnv(parentVar); ok || role == fmt.Sprintf(childRole, os.Getppid()) {
+		return nil
+	}
+	if pidFile == "" {
+		return errors.New("the path of the PID file is empty; want that of Options.PIDFile")
+	}
+	k := &keeper{pidFile: pidFile, changes: make(chan os.Signal, 1), signals: make(chan os.Signal, 64)}
+	var err error
+	if k.program, err = exec.LookPath(os.Args[0]); err != nil {
+		return err
+	}
+	k.self, _ = os.Stat("/proc/self/exe") // without /proc it stays as it is
+	if k.dir, err = unix.Open(filepath.Dir(pidFile), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+		return &os.PathError{Op: "open", Path: filepath.Dir(pidFile), Err: err}
+	}
+	var pid int
+	if n, _ := fmt.Sscanf(role, nextRole, &pid, &k.youngest, &k.group); n == 3 && pid == os.Getpid() {
+		k.generations = []int{k.youngest}
+		k.catch(caught())
+	} else if err := k.start(); err != nil {
+		unix.Close(k.dir)
+		return err
+	}
+	k.run()
+	return nil // never
+}
+
+// start begins the first generation.
+func (k *keeper) start() error {
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return os.NewSyscallError("prctl", err)
+	}
+	k.named() // whatever is there now is of an earlier life
+	// Caught before there is a child, none is lost. But what is ignored, as by
+	// nohup(1), is to be so for the child, and is caught when that is there.
+	k.catch(slices.DeleteFunc(caught(), signal.Ignored))
+	pid, err := syscall.ForkExec(k.program, os.Args, &syscall.ProcAttr{
+		Env:   append(os.Environ(), keeperVar+"="+fmt.Sprintf(childRole, os.Getpid())),
+		Files: []uintptr{0, 1, 2},
+		Sys:   &syscall.SysProcAttr{Setpgid: true},
+	})
+	if err != nil {
+		signal.Reset()
+		return &os.PathError{Op: "fork/exec", Path: k.program, Err: err}
+	}
+	k.catch(caught())
+	k.group, k.youngest, k.generations = pid, pid, []int{pid}
+	closeInherited()
+	return nil
+}
+
+// closeInherited closes what this process was started with beside the standard
+// descriptors: the child has it. Everything of Go's is close-on-exec.
+func closeInherited() {
+	list, _ := os.ReadDir("/proc/self/fd")
+	for _, e := range list {
+		fd, _ := strconv.Atoi(e.Name())
+		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); fd > 2 && err == nil && flags&unix.FD_CLOEXEC == 0 {
+			unix.Close(fd)
+		}
+	}
+}
+
+var kept = []unix.Signal{unix.SIGCHLD, unix.SIGIO, unix.SIGKILL, unix.SIGPIPE, unix.SIGSTOP, unix.SIGTTIN, unix.SIGTTOU, unix.SIGURG, 32, 33}
+
+// caught are the signals that a keeper forwards. It acts on SIGCHLD and
+// SIGIO itself, and leaves the others that are not there to Go and the system.
+func caught() (list []os.Signal) {
+	for s := unix.Signal(1); s <= 64; s++ {
+		if !slices.Contains(kept, s) {
+			list = append(list, s)
+		}
+	}
+	return list
+}
+
+func (k *keeper) catch(list []os.Signal) {
+	signal.Notify(k.changes, unix.SIGCHLD, unix.SIGIO)
+	signal.Notify(k.signals, list...)
+}
+
+func (k *keeper) run() {
+	for {
+		k.look(0)
+		k.reap()
+		if len(k.generations) == 0 {
+			k.exit()
+		}
+		k.renew()
+		select {
+		case <-k.changes:
+		case s := <-k.signals:
+			k.look(0)
+			k.forward(s.(unix.Signal))
+		}
+	}
+}
+
+// look finds out which generations there are. ended is a child that was just
+// reaped, and may be one; 0: none.
+func (k *keeper) look(ended int) {
+	// A signal at the next rename in the directory (fcntl(2), dnotify): unlike
+	// inotify(7), it is not limited in number for all containers of a user.
+	const dnRename = 0x10
+	_, _ = unix.FcntlInt(uintptr(k.dir), unix.F_NOTIFY, dnRename)
+	lives := func(pid int) bool {
+		group, err := unix.Getpgid(pid) // also of one that is not reaped yet
+		return pid == ended || err == nil && group == k.group
+	}
+	k.generations = slices.DeleteFunc(k.generations, func(pid int) bool { return !lives(pid) })
+	if pid := k.named(); pid > 0 && lives(pid) {
+		k.generations = append(slices.DeleteFunc(k.generations, func(p int) bool { return p == pid }), pid)
+		k.youngest, k.status = pid, nil
+	}
+	if n := len(k.generations); n > 0 && k.status == nil {
+		k.youngest = k.generations[n-1] // the one before may have failed, and been reaped by its parent
+	}
+}
+
+// named returns the process that the PID file names; 0: none, or the file is
+// the one that was read before.
+func (k *keeper) named() int {
+	f, err := os.Open(k.pidFile)
+	if err != nil {
+		return 0
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil || os.SameFile(fi, k.seen) && fi.ModTime().Equal(k.seen.ModTime()) {
+		return 0
+	}
+	k.seen = fi
+	b, _ := io.ReadAll(io.LimitReader(f, 32))
+	pid, _ := strconv.Atoi(strings.TrimSpace(string(b)))
+	return pid
+}
+
+// reap takes every child that has ended.
+func (k *keeper) reap() {
+	for {
+		var status unix.WaitStatus
+		pid, err := unix.Wait4(-1, &status, unix.WNOHANG, nil)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil || pid == 0 {
+			return
+		}
+		k.look(pid)
+		if pid == k.youngest {
+			k.status = &status
+		}
+		k.generations = slices.DeleteFunc(k.generations, func(p int) bool { return p == pid })
+	}
+}
+
+func (k *keeper) forward(s unix.Signal) {
+	if s == unix.SIGTSTP { // the whole job stops, and goes on when this process does
+		_ = unix.Kill(-k.group, s)
+		signal.Reset(s)
+		raise(s)
+		signal.Notify(k.signals, s)
+		_ = unix.Kill(-k.group, unix.SIGCONT)
+	} else if n := len(k.generations); n > 0 {
+		_ = unix.Kill(k.generations[n-1], s) // fails only if it has just ended
+	}
+}
+
+// renew makes this process run the program that the only generation runs, if
+// that is a new one.
+func (k *keeper) renew() {
+	if len(k.generations) != 1 || k.status != nil {
+		return
+	}
+	file, err := os.Stat(k.program)
+	if err != nil || os.SameFile(file, k.self) {
+		return
+	}
+	runs, err := os.Stat("/proc/" + strconv.Itoa(k.youngest) + "/exe")
+	if err != nil || !os.SameFile(file, runs) {
+		return
+	}
+	k.self = file // one attempt
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	// Blocked in every thread, or with cgo in this one, signals wait in the
+	// system for the next program, which unblocks what it catches.
+	mask := sigset(append(caught(), unix.SIGCHLD, unix.SIGIO)...)
+	_ = unix.PthreadSigmask(unix.SIG_BLOCK, mask, nil)
+	if _, _, e := syscall.AllThreadsSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_BLOCK, uintptr(unsafe.Pointer(mask)), 0, 8, 0, 0); e == 0 {
+		signal.Stop(k.signals) // waits until what was caught before is there
+	}
+	for len(k.signals) > 0 {
+		k.forward((<-k.signals).(unix.Signal))
+	}
+	role := fmt.Sprintf(nextRole, os.Getpid(), k.youngest, k.group)
+	_ = syscall.Exec(k.program, os.Args, append(os.Environ(), keeperVar+"="+role))
+	k.catch(caught()) // it cannot be run: this program goes on
+}
+
+func sigset(list ...os.Signal) *unix.Sigset_t {
+	set := new(unix.Sigset_t)
+	bits := 8 * int(unsafe.Sizeof(set.Val[0]))
+	for _, s := range list {
+		n := int(s.(unix.Signal)) - 1
+		set.Val[n/bits] |= 1 << (n % bits)
+	}
+	return set
+}
+
+// exit ends this process as the youngest generation has ended.
+func (k *keeper) exit() {
+	if k.status.Exited() {
+		os.Exit(k.status.ExitStatus())
+	}
+	_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) // the core that counts is there
+	raise(k.status.Signal())
+	os.Exit(128 + int(k.status.Signal())) // PID 1
+}
+
+// raise does to this process what s does to one that does not catch it.
+func raise(s unix.Signal) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var dfl [8]uint64                       // a struct sigaction, and more, of SIG_DFL
+	for _, size := range []uintptr{8, 16} { // of a signal set: 16 on mips
+		_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(s), uintptr(unsafe.Pointer(&dfl)), 0, size, 0, 0)
+	}
+	_ = unix.PthreadSigmask(unix.SIG_UNBLOCK, sigset(s), nil)
+	_ = unix.Tgkill(unix.Getpid(), unix.Gettid(), s)
+}
