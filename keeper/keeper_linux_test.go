@@ -120,6 +120,7 @@ func act(dir string, say func(string, ...any)) {
 	case "exit":
 		os.Exit(n)
 	case "die":
+		_ = unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
 		signal.Reset()
 		_ = unix.Kill(os.Getpid(), syscall.Signal(n))
 		select {}
@@ -145,7 +146,7 @@ func start(t *testing.T, change ...func(*exec.Cmd)) *run {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	r := &run{t: t, dir: dir, path: filepath.Join(dir, "daemon"), lines: make(chan string, 1000)}
+	r := &run{t: t, dir: dir, path: filepath.Join(dir, "daemon"), lines: make(chan string, 100000)}
 	r.install()
 	r.cmd = exec.Command(r.path)
 	r.cmd.Env = append(os.Environ(), dirVar+"="+dir)
@@ -175,7 +176,7 @@ func start(t *testing.T, change ...func(*exec.Cmd)) *run {
 	}()
 	t.Cleanup(func() {
 		r.unset("hold")
-		if b, err := os.ReadFile(filepath.Join(dir, "pid")); err == nil && r.cmd.SysProcAttr == nil {
+		if b, err := os.ReadFile(filepath.Join(dir, "pid")); err == nil && (r.cmd.SysProcAttr == nil || r.cmd.SysProcAttr.Cloneflags == 0) {
 			if pid, _ := strconv.Atoi(strings.TrimSpace(string(b))); pid > 0 {
 				_ = unix.Kill(pid, unix.SIGKILL)
 			}
@@ -284,6 +285,9 @@ func (r *run) end() syscall.WaitStatus {
 	return r.cmd.ProcessState.Sys().(syscall.WaitStatus)
 }
 
+// crashing makes a SIGABRT kill, and not be an exit with status 2.
+func crashing(c *exec.Cmd) { c.Env = append(c.Env, "GOTRACEBACK=crash") }
+
 func sibling(c *exec.Cmd) { c.Env = append(c.Env, siblingVar+"=1") }
 
 func namespaced(c *exec.Cmd) {
@@ -335,11 +339,11 @@ func TestGenerations(t *testing.T) {
 }
 
 func TestStatus(t *testing.T) {
-	for _, s := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM, syscall.SIGABRT, syscall.SIGSEGV} {
+	for _, s := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM, syscall.SIGABRT} {
 		for name, mode := range modes {
 			t.Run(fmt.Sprint(s, " ", name), func(t *testing.T) {
 				t.Parallel()
-				r := start(t, mode...)
+				r := start(t, append(mode[:len(mode):len(mode)], crashing)...)
 				r.serving()
 				r.upgrade()
 				r.set("do", "die "+strconv.Itoa(int(s)))
@@ -349,11 +353,8 @@ func TestStatus(t *testing.T) {
 					if got.ExitStatus() != 128+int(s) {
 						t.Fatalf("PID 1: %v; want exit status %d", r.cmd.ProcessState, 128+s)
 					}
-				} else if !got.Signaled() || got.Signal() != s {
-					// Go's own handler exits with 2 after a signal that it takes for a crash.
-					if s != syscall.SIGABRT && s != syscall.SIGSEGV || got.ExitStatus() != 2 {
-						t.Fatalf("keeper: %v; want death by %v", r.cmd.ProcessState, s)
-					}
+				} else if !got.Signaled() || got.Signal() != s || got.CoreDump() {
+					t.Fatalf("keeper: %v; want death by %v", r.cmd.ProcessState, s)
 				}
 			})
 		}
@@ -378,10 +379,7 @@ func TestDraining(t *testing.T) {
 			r.set("do", "exit 5")
 			r.signal(syscall.SIGUSR2) // the youngest ends, the older one still drains
 			if name == "sibling" {
-				older := r.reachedOlder()
-				if older == last {
-					t.Fatal("signals go to a process that has ended")
-				}
+				r.reachedAfter(last)
 			}
 			r.unset("hold")
 			if s := r.end(); s.ExitStatus() != 5 {
@@ -391,21 +389,20 @@ func TestDraining(t *testing.T) {
 	}
 }
 
-// reachedOlder signals until somebody answers: the youngest may be ending.
-func (r *run) reachedOlder() string {
+// reachedAfter signals until another than pid, which is ending, answers.
+func (r *run) reachedAfter(pid string) {
 	r.t.Helper()
 	for range 1000 {
 		r.signal(syscall.SIGUSR1)
 		select {
 		case line := <-r.lines:
-			if pid, _, ok := strings.Cut(line, ": got 10"); ok {
-				return pid
+			if p, _, ok := strings.Cut(line, ": got 10"); ok && p != pid {
+				return
 			}
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
-	r.t.Fatal("no generation gets a signal")
-	return ""
+	r.t.Fatal("no older generation gets a signal")
 }
 
 func TestFailures(t *testing.T) {
@@ -576,4 +573,76 @@ func TestStalePIDFile(t *testing.T) {
 		t.Fatal("the PID file is gone")
 	}
 	r.unset("pid") // or the clean-up would end this test
+}
+
+// The keeper is a terminal's foreground process: a Ctrl-C reaches the
+// generation that serves, once, and not the one that drains; Ctrl-Z stops them.
+func TestTerminal(t *testing.T) {
+	t.Parallel()
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		t.Skip("no terminals here: ", err)
+	}
+	defer master.Close()
+	if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tty, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Skip("no terminals here: ", err)
+	}
+	defer tty.Close()
+	// As of a shell: a session leader that stays, and the job in the foreground.
+	r := start(t, func(c *exec.Cmd) {
+		c.Args = []string{"sh", "-c", "set -m; " + c.Path + "; echo status $? >&2; read x; fg >/dev/null; echo status $? >&2"}
+		c.Path = "/bin/sh"
+		c.Stdin = tty
+		c.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	})
+	pid, _ := r.serving()
+	pgid, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPGRP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(pgid, syscall.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	r.expect(pid + ": got 10")
+	r.set("hold", "")
+	if err := unix.Kill(pgid, syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	var last string
+	for range 2 {
+		if m := r.expect(`: upgraded by |^(\d+): serving`); m[1] != "" {
+			last = m[1]
+		}
+	}
+	state := func(pid string) string {
+		b, _ := os.ReadFile("/proc/" + pid + "/stat")
+		_, after, _ := strings.Cut(string(b), ") ")
+		return after[:min(1, len(after))]
+	}
+	if _, err := master.WriteString("\x1a"); err != nil { // Ctrl-Z
+		t.Fatal(err)
+	}
+	eventually(t, "all generations stop", func() bool { return state(pid) == "T" && state(last) == "T" })
+	r.expect("status 1[0-9][0-9]") // the shell goes on
+	if _, err := master.WriteString("\n"); err != nil { // and continues it
+		t.Fatal(err)
+	}
+	eventually(t, "both run", func() bool { return state(pid) != "T" && state(last) != "T" })
+	if _, err := master.WriteString("\x03"); err != nil { // Ctrl-C
+		t.Fatal(err)
+	}
+	r.expect("^" + last + ": stopping by signal interrupt")
+	if state(pid) == "" || state(pid) == "Z" || state(last) == "Z" || state(last) == "" {
+		t.Fatal("a Ctrl-C has ended a process that serves its last clients")
+	}
+	r.unset("hold")
+	r.expect("^status 0$")
 }
