@@ -3,7 +3,6 @@ package keeper
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -48,14 +47,14 @@ func stay(pidFile string) error {
 	if _, ok := os.LookupEnv(parentVar); ok || role == fmt.Sprintf(childRole, os.Getppid()) {
 		return nil
 	}
+	program, err := exec.LookPath(os.Args[0])
 	if pidFile == "" {
-		return errors.New("the path of the PID file is empty; want that of Options.PIDFile")
+		err = errors.New("the path of the PID file is empty; want that of Options.PIDFile")
 	}
-	k := &keeper{pidFile: pidFile, changes: make(chan os.Signal, 1), signals: make(chan os.Signal, 64)}
-	var err error
-	if k.program, err = exec.LookPath(os.Args[0]); err != nil {
+	if err != nil {
 		return err
 	}
+	k := &keeper{pidFile: pidFile, program: program, changes: make(chan os.Signal, 1), signals: make(chan os.Signal, 64)}
 	k.self, _ = os.Stat("/proc/self/exe") // without /proc it stays as it is
 	if k.dir, err = unix.Open(filepath.Dir(pidFile), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
 		return &os.PathError{Op: "open", Path: filepath.Dir(pidFile), Err: err}
@@ -92,29 +91,22 @@ func (k *keeper) start() error {
 	}
 	k.catch(caught())
 	k.group, k.youngest, k.generations = pid, pid, []int{pid}
-	closeInherited()
-	return nil
-}
-
-// closeInherited closes what this process was started with beside the standard
-// descriptors: the child has it. Everything of Go's is close-on-exec.
-func closeInherited() {
 	list, _ := os.ReadDir("/proc/self/fd")
-	for _, e := range list {
+	for _, e := range list { // what is not close-on-exec was there at the start, and the child has it
 		fd, _ := strconv.Atoi(e.Name())
 		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); fd > 2 && err == nil && flags&unix.FD_CLOEXEC == 0 {
 			unix.Close(fd)
 		}
 	}
+	return nil
 }
 
-var kept = []unix.Signal{unix.SIGCHLD, unix.SIGIO, unix.SIGKILL, unix.SIGPIPE, unix.SIGSTOP, unix.SIGTTIN, unix.SIGTTOU, unix.SIGURG, 32, 33}
-
-// caught are the signals that a keeper forwards. It acts on SIGCHLD and
-// SIGIO itself, and leaves the others that are not there to Go and the system.
+// caught are the signals that a keeper forwards.
 func caught() (list []os.Signal) {
 	for s := unix.Signal(1); s <= 64; s++ {
-		if !slices.Contains(kept, s) {
+		switch s {
+		case unix.SIGCHLD, unix.SIGIO, unix.SIGPIPE, unix.SIGURG, unix.SIGTTIN, unix.SIGTTOU, 32, 33: // the last two are Go's and libc's
+		default:
 			list = append(list, s)
 		}
 	}
@@ -131,7 +123,12 @@ func (k *keeper) run() {
 		k.look(0)
 		k.reap()
 		if len(k.generations) == 0 {
-			k.exit()
+			if k.status.Signaled() {
+				_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) // the core that counts is there
+				raise(k.status.Signal())
+				os.Exit(128 + int(k.status.Signal())) // PID 1
+			}
+			os.Exit(k.status.ExitStatus())
 		}
 		k.renew()
 		select {
@@ -164,20 +161,14 @@ func (k *keeper) look(ended int) {
 	}
 }
 
-// named returns the process that the PID file names; 0: none, or the file is
-// the one that was read before.
+// named returns the process that the PID file names; 0: there is no new one.
 func (k *keeper) named() int {
-	f, err := os.Open(k.pidFile)
-	if err != nil {
-		return 0
-	}
-	defer f.Close()
-	fi, err := f.Stat()
+	fi, err := os.Stat(k.pidFile)
 	if err != nil || os.SameFile(fi, k.seen) && fi.ModTime().Equal(k.seen.ModTime()) {
 		return 0
 	}
-	k.seen = fi
-	b, _ := io.ReadAll(io.LimitReader(f, 32))
+	k.seen = fi // if it is replaced before the next line, that makes another signal
+	b, _ := os.ReadFile(k.pidFile)
 	pid, _ := strconv.Atoi(strings.TrimSpace(string(b)))
 	return pid
 }
@@ -219,22 +210,19 @@ func (k *keeper) renew() {
 	if len(k.generations) != 1 || k.status != nil {
 		return
 	}
-	file, err := os.Stat(k.program)
-	if err != nil || os.SameFile(file, k.self) {
-		return
-	}
-	runs, err := os.Stat("/proc/" + strconv.Itoa(k.youngest) + "/exe")
-	if err != nil || !os.SameFile(file, runs) {
+	file, _ := os.Stat(k.program)
+	runs, _ := os.Stat("/proc/" + strconv.Itoa(k.youngest) + "/exe")
+	if os.SameFile(file, k.self) || !os.SameFile(file, runs) {
 		return
 	}
 	k.self = file // one attempt
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	all := everySignal()
 	// Blocked in every thread, or with cgo in this one, signals wait in the
 	// system for the next program, which unblocks what it catches.
-	mask := sigset(append(caught(), unix.SIGCHLD, unix.SIGIO)...)
-	_ = unix.PthreadSigmask(unix.SIG_BLOCK, mask, nil)
-	if _, _, e := syscall.AllThreadsSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_BLOCK, uintptr(unsafe.Pointer(mask)), 0, 8, 0, 0); e == 0 {
+	_ = unix.PthreadSigmask(unix.SIG_BLOCK, &all, nil)
+	if _, _, e := syscall.AllThreadsSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_BLOCK, uintptr(unsafe.Pointer(&all)), 0, 8, 0, 0); e == 0 {
 		signal.Stop(k.signals) // waits until what was caught before is there
 	}
 	for len(k.signals) > 0 {
@@ -245,26 +233,6 @@ func (k *keeper) renew() {
 	k.catch(caught()) // it cannot be run: this program goes on
 }
 
-func sigset(list ...os.Signal) *unix.Sigset_t {
-	set := new(unix.Sigset_t)
-	bits := 8 * int(unsafe.Sizeof(set.Val[0]))
-	for _, s := range list {
-		n := int(s.(unix.Signal)) - 1
-		set.Val[n/bits] |= 1 << (n % bits)
-	}
-	return set
-}
-
-// exit ends this process as the youngest generation has ended.
-func (k *keeper) exit() {
-	if k.status.Exited() {
-		os.Exit(k.status.ExitStatus())
-	}
-	_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) // the core that counts is there
-	raise(k.status.Signal())
-	os.Exit(128 + int(k.status.Signal())) // PID 1
-}
-
 // raise does to this process what s does to one that does not catch it.
 func raise(s unix.Signal) {
 	runtime.LockOSThread()
@@ -273,6 +241,14 @@ func raise(s unix.Signal) {
 	for _, size := range []uintptr{8, 16} { // of a signal set: 16 on mips
 		_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(s), uintptr(unsafe.Pointer(&dfl)), 0, size, 0, 0)
 	}
-	_ = unix.PthreadSigmask(unix.SIG_UNBLOCK, sigset(s), nil)
+	all := everySignal()
+	_ = unix.PthreadSigmask(unix.SIG_UNBLOCK, &all, nil)
 	_ = unix.Tgkill(unix.Getpid(), unix.Gettid(), s)
+}
+
+func everySignal() (set unix.Sigset_t) {
+	for i := range set.Val {
+		set.Val[i] = ^set.Val[i]
+	}
+	return set
 }

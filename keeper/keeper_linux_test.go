@@ -631,7 +631,7 @@ func TestTerminal(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "all generations stop", func() bool { return state(pid) == "T" && state(last) == "T" })
-	r.expect("status 1[0-9][0-9]") // the shell goes on
+	r.expect("status 1[0-9][0-9]")                      // the shell goes on
 	if _, err := master.WriteString("\n"); err != nil { // and continues it
 		t.Fatal(err)
 	}
