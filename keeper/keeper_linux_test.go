@@ -2,6 +2,7 @@ package keeper_test
 
 import (
 	"bufio"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -28,6 +29,7 @@ import (
 const (
 	dirVar     = "KEEPER_TEST_DIR"
 	initVar    = "KEEPER_TEST_INIT"
+	rootVar    = "KEEPER_TEST_ROOT"
 	siblingVar = "KEEPER_TEST_SIBLING"
 	patience   = 20 * time.Second
 )
@@ -41,8 +43,15 @@ func TestMain(m *testing.M) {
 		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 			fatal(err)
 		}
-		if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
+		root := os.Getenv(rootVar)
+		if err := unix.Mount("proc", root+"/proc", "proc", 0, ""); err != nil {
 			fatal(err)
+		}
+		if root != "" {
+			if err := errors.Join(unix.Chroot(root), os.Chdir("/")); err != nil {
+				fatal(err)
+			}
+			fatal(syscall.Exec(os.Args[1], os.Args[1:], nil))
 		}
 		fatal(syscall.Exec(os.Args[0], os.Args, os.Environ()))
 	}
@@ -622,6 +631,11 @@ func TestTerminal(t *testing.T) {
 			last = m[1]
 		}
 	}
+	r.set("fail", "")
+	if err := unix.Kill(pgid, syscall.SIGHUP); err != nil { // whoever acts on this one acts on a SIGINT, too
+		t.Fatal(err)
+	}
+	r.expect("upgrade failed")
 	state := func(pid string) string {
 		b, _ := os.ReadFile("/proc/" + pid + "/stat")
 		_, after, _ := strings.Cut(string(b), ") ")
@@ -645,4 +659,76 @@ func TestTerminal(t *testing.T) {
 	}
 	r.unset("hold")
 	r.expect("^status 0$")
+}
+
+// The image of the README, as far as it can be had without Docker: its
+// ENTRYPOINT is PID 1, in a root directory that has the program and /proc.
+func TestContainer(t *testing.T) {
+	t.Parallel()
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile(`(?m)^ENTRYPOINT (\[.*\])$`).FindSubmatch(readme)
+	var entry []string
+	if m == nil || json.Unmarshal(m[1], &entry) != nil || len(entry) == 0 {
+		t.Fatal("README.md has no Dockerfile with an ENTRYPOINT")
+	}
+	for i, a := range entry {
+		if a == ":7000" { // which may be in use here
+			entry[i] = "127.0.0.1:0"
+		}
+	}
+	root := t.TempDir()
+	if err := os.Mkdir(root+"/proc", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	build := func() {
+		t.Helper()
+		c := exec.Command("go", "build", "-o", root+entry[0]+".new", "../examples/kept")
+		c.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		if err := os.Rename(root+entry[0]+".new", root+entry[0]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	build()
+	r := start(t, namespaced, func(c *exec.Cmd) {
+		c.Args = append(c.Args, entry...)
+		c.Env = append(c.Env, rootVar+"="+root)
+	})
+	addr := r.expect(`listening on (\S+)`)[1]
+	r.expect("ready: .*generation=0$")
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	build()
+	for i := range 3 {
+		r.signal(syscall.SIGHUP)
+		r.expect(fmt.Sprintf("upgraded .*generation=%d$", i+1))
+	}
+	if _, err := c.Write([]byte("hello")); err != nil { // to the first generation
+		t.Fatal(err)
+	}
+	if n, err := c.Read(make([]byte, 5)); n == 0 {
+		t.Fatal("the first generation's client: ", err)
+	}
+	c.Close()
+	eventually(t, "PID 1 runs the new program", func() bool {
+		return inode(t, fmt.Sprintf("/proc/%d/exe", r.cmd.Process.Pid)) == inode(t, root+entry[0])
+	})
+	if err := os.Remove(root + entry[0]); err != nil {
+		t.Fatal(err)
+	}
+	r.signal(syscall.SIGHUP) // whoever acts on this one acts on a SIGTERM, too
+	r.expect("upgrade failed")
+	r.signal(syscall.SIGTERM)
+	r.expect("stopping by signal terminated: .*generation=3$")
+	if s := r.end(); s.ExitStatus() != 0 {
+		t.Fatalf("PID 1: %v; want exit status 0", r.cmd.ProcessState)
+	}
 }
