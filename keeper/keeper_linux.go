@@ -51,19 +51,22 @@ func stay(pidFile string) error {
 	if pidFile == "" {
 		err = errors.New("the path of the PID file is empty; want that of Options.PIDFile")
 	}
-	if err != nil {
-		return err
-	}
 	k := &keeper{pidFile: pidFile, program: program, changes: make(chan os.Signal, 1), signals: make(chan os.Signal, 64)}
 	k.self, _ = os.Stat("/proc/self/exe") // without /proc it stays as it is
-	if k.dir, err = unix.Open(filepath.Dir(pidFile), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
-		return &os.PathError{Op: "open", Path: filepath.Dir(pidFile), Err: err}
+	dir := filepath.Dir(pidFile)
+	var derr error
+	if k.dir, derr = unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err == nil && derr != nil {
+		err = &os.PathError{Op: "open", Path: dir, Err: derr}
 	}
 	var pid int
 	if n, _ := fmt.Sscanf(role, nextRole, &pid, &k.youngest, &k.group); n == 3 && pid == os.Getpid() {
+		// The service runs: what is missing now must not end it.
 		k.generations = []int{k.youngest}
 		k.catch(caught())
-	} else if err := k.start(); err != nil {
+	} else if err == nil {
+		err = k.start()
+	}
+	if len(k.generations) == 0 {
 		unix.Close(k.dir)
 		return err
 	}

@@ -348,7 +348,7 @@ func TestGenerations(t *testing.T) {
 }
 
 func TestStatus(t *testing.T) {
-	for _, s := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM, syscall.SIGABRT} {
+	for _, s := range []syscall.Signal{syscall.SIGKILL, syscall.SIGHUP, syscall.SIGABRT} {
 		for name, mode := range modes {
 			t.Run(fmt.Sprint(s, " ", name), func(t *testing.T) {
 				t.Parallel()
@@ -490,10 +490,10 @@ func TestRenewed(t *testing.T) {
 		}
 		pid, _ = r.upgrade()
 	}
-	r.set("do", "die 15")
+	r.set("do", "die 1")
 	r.signal(syscall.SIGUSR2)
-	if s := r.end(); !s.Signaled() || s.Signal() != syscall.SIGTERM {
-		t.Fatalf("keeper: %v; want death by SIGTERM", r.cmd.ProcessState)
+	if s := r.end(); !s.Signaled() || s.Signal() != syscall.SIGHUP {
+		t.Fatalf("keeper: %v; want death by SIGHUP", r.cmd.ProcessState)
 	}
 }
 
