@@ -167,7 +167,15 @@ func start(t *testing.T, change ...func(*exec.Cmd)) *run {
 	for _, f := range change {
 		f(r.cmd)
 	}
-	if err := r.cmd.Start(); err != nil {
+	err = r.cmd.Start()
+	for end := time.Now().Add(patience); errors.Is(err, syscall.ETXTBSY) && time.Now().Before(end); {
+		time.Sleep(5 * time.Millisecond) // another test, which forks, has the program's copy open for writing
+		c := exec.Command(r.cmd.Path)
+		c.Args, c.Env, c.Stdin, c.Stderr, c.ExtraFiles, c.SysProcAttr = r.cmd.Args, r.cmd.Env, r.cmd.Stdin, r.cmd.Stderr, r.cmd.ExtraFiles, r.cmd.SysProcAttr
+		r.cmd = c
+		err = c.Start()
+	}
+	if err != nil {
 		pw.Close()
 		pr.Close()
 		if r.cmd.SysProcAttr != nil && r.cmd.SysProcAttr.Cloneflags != 0 {
