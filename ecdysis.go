@@ -539,7 +539,6 @@ func (u *Upgrader) becomeReady() (err error) {
 	if err != nil {
 		return u.notReady(err)
 	}
-	close(u.ready)
 	if u.stopPending() {
 		return ErrStopped
 	}
@@ -582,6 +581,7 @@ func (u *Upgrader) takeOver() error {
 
 	u.mu.Lock()
 	u.phase = serving
+	close(u.ready) // before a control socket accepts: who waits there for Ready must find it done
 	dropped := u.reg.takeInherited()
 	for _, e := range u.reg.entries {
 		e.resume()
