@@ -170,5 +170,10 @@ func TestMaxDrainingKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	procs[0].dead()
+	before = streams(n)
+	n.failUpgrade(command{Args: []string{"veto"}}, "prepare", "")
+	if after := streams(n); after != before-1 {
+		t.Errorf("%d sockets after it has ended, %d before; want one less", after, before)
+	}
 	n.upgrade().serves()
 }
