@@ -210,7 +210,6 @@ func (c *control) serve(running *sync.WaitGroup) {
 			c.mu.Unlock()
 			return
 		}
-		<-c.u.ready // it is closed just after the listeners have been opened
 		client := conn.(*net.UnixConn)
 		t := trigger{socket: c.path, conn: client}
 		if c.option.takeover {
