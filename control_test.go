@@ -885,3 +885,67 @@ func TestRequestGivenUp(t *testing.T) {
 	n2.ended()
 	h.hasFiles()
 }
+
+// accepts returns what waits until p has accepted so many since then, of those
+// who wait for an answer. Who is not accepted when p ends is not answered.
+func (p *proc) accepts(n int) (accepted func()) {
+	p.t.Helper()
+	sockets := func() (list []string) {
+		for _, s := range p.call("fds").Text {
+			if _, target, _ := strings.Cut(s, " "); strings.HasPrefix(target, "socket:") {
+				list = append(list, target)
+			}
+		}
+		return list
+	}
+	before := map[string]bool{}
+	for _, s := range sockets() {
+		before[s] = true
+	}
+	return func() {
+		p.t.Helper()
+		more := 0
+		for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			list := slices.DeleteFunc(sockets(), func(s string) bool { return before[s] })
+			if more = len(list); more >= n {
+				return
+			}
+		}
+		p.t.Fatalf("process %d has accepted %d; want %d", p.pid, more, n)
+	}
+}
+
+// Two who ask for the end of accepting at once get no more than that.
+func TestPartialStopTwice(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	s := triggered(h)
+	s.Wait = false
+	s.Options.PIDFile = filepath.Join(h.dir, "pid")
+	s = s.do("event partial stop", "call holdonce")
+	h.next(s)
+	p := h.serving()
+	wait := p.begin(command{Verb: "wait"})
+	accepted := p.accepts(2)
+	answers := []func() (string, error){request(t, s.Options.PartialStopSocket)}
+	p.at("event partial stop")
+	answers = append(answers, request(t, s.Options.PartialStopSocket))
+	accepted()
+	p.call("release")
+	for _, answer := range answers {
+		if line, err := answer(); err != nil || line != p.line(0) {
+			t.Errorf("%q, %v; want %q", line, err, p.line(0))
+		}
+	}
+	if m := wait(); m.Text[0] != string(ecdysis.EventPartialStop) {
+		t.Errorf("Wait returned %q", m.Text)
+	}
+	p.hasEvents(ecdysis.EventPartialStop)
+	if m := p.call("exited"); m.Text[0] != "no" {
+		t.Error("Exit is closed after a partial stop")
+	}
+	p.hasPIDFile()
+	p.call("stop")
+	p.hasEvents(ecdysis.EventPartialStop, ecdysis.EventStopping)
+	h.hasFiles()
+}

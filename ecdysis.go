@@ -702,6 +702,8 @@ func (u *Upgrader) partialStop(t trigger) {
 			u.pending, u.cause = EventPartialStop, t
 		}
 		u.mu.Unlock()
+	case partial: // another trigger's
+		u.mu.Unlock()
 	default: // there is nothing to drain
 		u.mu.Unlock()
 		u.stop(t)
