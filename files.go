@@ -475,6 +475,7 @@ func (a *attempt) blame(err error) error {
 		return err
 	}
 	cause := "perhaps because of"
+	list = slices.DeleteFunc(list, (*entry).autobound)
 	if said.address != "" {
 		cause = "the cause is"
 		list = slices.DeleteFunc(list, func(e *entry) bool { return !said.meets(e) })
@@ -487,6 +488,12 @@ func (a *attempt) blame(err error) error {
 		names = append(names, e.where())
 	}
 	return fmt.Errorf("%w; %s what this process has bound and does not hand on: %s", err, cause, strings.Join(names, ", "))
+}
+
+// autobound reports whether a socket has an abstract name that the system has
+// chosen (unix(7), Autobind), by which it is in nobody's way.
+func (e *entry) autobound() bool {
+	return isAbstract(e.address) && len(e.address) == len("@00000") && strings.Trim(e.address[1:], "0123456789abcdef") == ""
 }
 
 // where names a socket by its address and descriptor.
