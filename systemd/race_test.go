@@ -1,5 +1,0 @@
-//go:build race
-
-package systemd_test
-
-func init() { raceDetector = true }
