@@ -223,6 +223,13 @@ func (p *proc) hasFailed(n int, step string, says ...string) {
 // before: of what runs in Wait the last words may come before the end.
 func (p *proc) settles(before func(*proc) string) func() {
 	want := before(p)
+	for same := 0; same < 10; time.Sleep(5 * time.Millisecond) { // Wait is just being called
+		if now := before(p); now == want {
+			same++
+		} else {
+			want, same = now, 0
+		}
+	}
 	return func() {
 		p.t.Helper()
 		now := ""
