@@ -614,6 +614,26 @@ func TestTakerDuringUpgrade(t *testing.T) {
 	l.check()
 }
 
+// One that comes when the successor has the word and does not serve yet is told
+// so, too, and is not the first thing that the successor finds in the queue.
+func TestTakerDuringHandover(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	s := h.taking()
+	h.next(s, s.do("event ready", "hold"))
+	p := h.serving()
+	p.begin(command{Verb: "upgrade"})
+	n := h.proc()
+	n.at("event ready")
+	asks(t, h.take()).refused(ecdysis.ErrInProgress.Error())
+	p.hasFailed(0, "", ecdysis.ErrInProgress.Error())
+	n.resume()
+	n.at("serving")
+	p.ended()
+	n.hasEvents()
+	n.serves()
+}
+
 // One that comes before Ready waits for it, and for its end: closing what nobody
 // has asked for takes a while.
 func TestTakerBeforeReady(t *testing.T) {
