@@ -410,6 +410,10 @@ func (d *daemon) commands() {
 }
 
 func (d *daemon) run(c command) {
+	if d.spec.Wait && (c.Verb == "upgrade" || c.Verb == "stop") {
+		d.loops.Add(1) // what ends this process is answered first
+		defer d.loops.Done()
+	}
 	m := d.do(c)
 	m.ID = c.ID
 	d.send(m)
