@@ -748,10 +748,11 @@ func TestHooks(t *testing.T) {
 	}
 }
 
+func init() { http.Handle("/default", ok) } // once, however often the tests run
+
 // Without a Handler the server has http.DefaultServeMux.
 func TestNilHandler(t *testing.T) {
 	t.Parallel()
-	http.Handle("/default", ok)
 	s := newSite(t, long, &http.Server{}, nil)
 	c := s.dial()
 	if closed, err := c.get("/default", "ok"); closed || err != nil {
