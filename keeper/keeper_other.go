@@ -1,0 +1,7 @@
+//go:build !linux
+
+package keeper
+
+import "errors"
+
+func stay(string) error { return errors.ErrUnsupported }
