@@ -17,7 +17,9 @@ import "fmt"
 //
 // pidFile is the path that every generation has in ecdysis.Options.PIDFile, in
 // a directory that exists. It tells the keeper which process serves; what is
-// in the file before the first generation has written it counts for nothing.
+// in the file before the first generation has written it counts for nothing. It
+// is read as soon as it is replaced: a generation that is itself replaced, or
+// stopped, before the keeper has come to that is not known to it.
 //
 // Every generation is to be a child of the keeper: set ecdysis.Command.Sibling
 // in Options.Prepare. Without it a generation is the child of the one before,

@@ -404,8 +404,10 @@ func TestDraining(t *testing.T) {
 	}
 	request("upgrade")
 	second, _ := r.serving()
+	r.idle()
 	request("upgrade")
 	last, _ := r.serving()
+	r.idle()
 	request("stop")
 	if got := r.reached(syscall.SIGUSR1); got != last {
 		t.Fatalf("signal reached %s; want %s, which drains", got, last)
@@ -419,6 +421,33 @@ func TestDraining(t *testing.T) {
 	if s := r.end(); s.ExitStatus() != 5 {
 		t.Fatalf("keeper: %v; want exit status 5, the youngest one's", r.cmd.ProcessState)
 	}
+}
+
+// idle returns when the keeper waits for signals, and has acted on those before.
+func (r *run) idle() {
+	r.t.Helper()
+	proc := fmt.Sprintf("/proc/%d/", r.cmd.Process.Pid)
+	fds, _ := filepath.Glob(proc + "fd/*")
+	want := ""
+	for _, fd := range fds {
+		if to, _ := os.Readlink(fd); to == "anon_inode:[signalfd]" {
+			n, _ := strconv.Atoi(filepath.Base(fd))
+			want = fmt.Sprintf("%d %#x ", unix.SYS_READ, n)
+		}
+	}
+	eventually(r.t, "the keeper reads its signalfd", func() bool {
+		tasks, _ := filepath.Glob(proc + "task/*/syscall")
+		for _, task := range tasks {
+			b, err := os.ReadFile(task)
+			if err != nil {
+				r.t.Skip("the kernel does not tell what a process waits in: ", err)
+			}
+			if strings.HasPrefix(string(b), want) { // it says "running" if there is anything to read
+				return true
+			}
+		}
+		return false
+	})
 }
 
 // reachedAfter signals until another than pid, which is ending, answers.
