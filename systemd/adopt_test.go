@@ -78,6 +78,7 @@ func program(t *testing.T, name string, start func(*exec.Cmd), args ...string) *
 		}
 	}()
 	t.Cleanup(func() {
+		p.in.Close()
 		_ = p.cmd.Process.Kill()
 		_ = p.cmd.Wait()
 	})
@@ -114,9 +115,11 @@ func (p *process) expect(prefix string) []string {
 	}
 }
 
-// wait returns the exit status.
+// wait ends all generations of a program that reads its standard input, and
+// returns the first one's exit status.
 func (p *process) wait() int {
 	p.t.Helper()
+	p.in.Close()
 	for range p.lines {
 	}
 	_ = p.cmd.Wait()
@@ -140,13 +143,18 @@ func inode(t *testing.T, c syscall.Conn) uint64 {
 func init() { mains["adopter"] = adopterMain }
 
 // adopterMain adopts, and says what it finds by the queries that are its
-// arguments, in every generation. It is upgraded by SIGHUP.
+// arguments, in every generation. It is upgraded by SIGHUP, and all generations
+// end with their standard input.
 func adopterMain() {
 	die := func(err error) {
 		fmt.Println("error:", err)
 		os.Exit(1)
 	}
-	u, err := ecdysis.New(ecdysis.Options{UpgradeSignals: []os.Signal{syscall.SIGHUP}, StopSignals: []os.Signal{syscall.SIGTERM}})
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		os.Exit(0)
+	}()
+	u, err := ecdysis.New(ecdysis.Options{UpgradeSignals: []os.Signal{syscall.SIGHUP}})
 	if err != nil {
 		die(err)
 	}
@@ -356,13 +364,12 @@ func TestAdopt(t *testing.T) {
 	p := adopter(t, passing, files, []string{"LISTEN_FDS=9", "LISTEN_FDNAMES=web:web:my.socket:dns::seq:fifo:stored:connection", "LISTEN_PIDFDID=7"}, queries...)
 	for generation := range 3 {
 		if generation > 0 {
-			p.signal(syscall.SIGHUP)
+			p.upgrade()
 		}
 		if got := p.expect(fmt.Sprint("ready ", generation)); !slices.Equal(got, lines) {
 			t.Fatalf("generation %d:\n%s\nwant:\n%s", generation, strings.Join(got, "\n"), strings.Join(lines, "\n"))
 		}
 	}
-	p.signal(syscall.SIGTERM)
 	p.wait()
 
 	// By their addresses; without names.
@@ -376,18 +383,17 @@ func TestAdopt(t *testing.T) {
 	if got := p.expect("ready 0"); !slices.Equal(got, lines) {
 		t.Fatalf("without names:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(lines, "\n"))
 	}
-	p.signal(syscall.SIGTERM)
 	p.wait()
 }
 
-// signal is for the generation that was ready last.
-func (p *process) signal(s syscall.Signal) {
+// upgrade is for the generation that was ready last.
+func (p *process) upgrade() {
 	p.t.Helper()
 	var generation, pid int
 	if _, err := fmt.Sscanf(p.found, "ready %d %d", &generation, &pid); err != nil {
 		p.t.Fatalf("%q: %v", p.found, err)
 	}
-	if err := unix.Kill(pid, s); err != nil {
+	if err := unix.Kill(pid, unix.SIGHUP); err != nil {
 		p.t.Fatal(err)
 	}
 }
@@ -413,7 +419,6 @@ func TestAdoptNothing(t *testing.T) {
 			if want := []string{"Listener web none", "Listener unknown none", "not close-on-exec 3"}; !slices.Equal(got, want) {
 				t.Fatalf("%q; want %q", got, want)
 			}
-			p.signal(syscall.SIGTERM)
 			p.wait()
 		})
 	}

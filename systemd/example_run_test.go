@@ -55,7 +55,18 @@ func TestExample(t *testing.T) {
 	if err := p.cmd.Wait(); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Kill(main, unix.SIGTERM); err != nil {
+	if err := os.Remove(p.cmd.Path); err != nil {
+		t.Fatal(err)
+	}
+	from = monotonicUsec()
+	if err := unix.Kill(main, unix.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	m.reloads(from, from+patience.Microseconds())
+	if got := m.next().text; !strings.HasPrefix(got, "READY=1\nSTATUS=upgrade failed") {
+		t.Fatalf("systemd got %q; want a failed upgrade", got)
+	}
+	if err := unix.Kill(main, unix.SIGTERM); err != nil { // which Wait, that runs, acts on
 		t.Fatal(err)
 	}
 	m.gets("STOPPING=1")
