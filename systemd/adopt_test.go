@@ -441,6 +441,7 @@ func TestAdoptErrors(t *testing.T) {
 		"negative":       {passing, two, []string{"LISTEN_FDS=-1"}, `LISTEN_FDS is "-1"; want a number of descriptors`, 2},
 		"too few names":  {passing, two, []string{"LISTEN_FDS=2", "LISTEN_FDNAMES=a"}, `LISTEN_FDNAMES is "a", which is 1 names for the 2 descriptors`, 0},
 		"too many names": {passing, two, []string{"LISTEN_FDS=2", "LISTEN_FDNAMES=a:b:c"}, `LISTEN_FDNAMES is "a:b:c", which is 3 names for the 2 descriptors`, 0},
+		"a name":         {passing, []*os.File{f["tcp"], f["udp"], f["unix"]}, []string{"LISTEN_FDS=3", "LISTEN_FDNAMES=a:" + strings.Repeat("x", 5000) + ":b"}, "descriptor 4: ", 0},
 		"too many":       {passing, two, []string{"LISTEN_FDS=3"}, "LISTEN_FDS is 3, and descriptor 5 was not passed", 0},
 		"far too many":   {passing, two, []string{"LISTEN_FDS=2000000000"}, "descriptor 5 was not passed", 0},
 		"closed":         {"exec 3<&-; " + passing, two, []string{"LISTEN_FDS=2", "LISTEN_FDNAMES=a:b"}, "descriptor 3 was not passed", 1},
@@ -453,7 +454,7 @@ func TestAdoptErrors(t *testing.T) {
 			for l := p.line(); l != ""; l = p.line() {
 				all = append(all, l)
 			}
-			if n := len(all); n != 2 || !strings.HasPrefix(all[1], "error: systemd: adopt: ") || !strings.Contains(all[1], c.says) {
+			if n := len(all); n != 2 || !strings.HasPrefix(all[1], "error: systemd: adopt") || !strings.Contains(all[1], c.says) {
 				t.Fatalf("%q; want an error: %s", all, c.says)
 			}
 			var before, after int

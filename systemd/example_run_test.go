@@ -43,6 +43,12 @@ func TestExample(t *testing.T) {
 	p := runExample(t, "example", m, nil)
 	m.gets("READY=1")
 	main := p.cmd.Process.Pid
+	t.Cleanup(func() {
+		if main != p.cmd.Process.Pid { // a child of this process, which reaps it
+			_ = unix.Kill(main, unix.SIGKILL)
+			_, _ = unix.Wait4(main, nil, 0, nil)
+		}
+	})
 	from := monotonicUsec()
 	if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)
@@ -74,6 +80,7 @@ func TestExample(t *testing.T) {
 	if _, err := unix.Wait4(main, &status, 0, nil); err != nil || status != 0 {
 		t.Fatalf("the successor has ended with %v, %v", status, err)
 	}
+	main = p.cmd.Process.Pid
 	p.wait()
 
 	// Without systemd it is up when the log says so.

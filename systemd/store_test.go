@@ -179,8 +179,8 @@ func TestRestore(t *testing.T) {
 	p := program(t, "mydaemon", func(c *exec.Cmd) {
 		c.Args = []string{"sh", "-c", passing, c.Path}
 		c.Path = "/bin/sh"
-		c.Env = append(c.Env, "NOTIFY_SOCKET="+m.address, "MYDAEMON_CONF="+conf, "FDSTORE=5", "LISTEN_FDS=3", "LISTEN_FDNAMES=web:extra:x")
-		c.ExtraFiles = []*os.File{f["tcp"], f["tcp2"], f["unix"]}
+		c.Env = append(c.Env, "NOTIFY_SOCKET="+m.address, "MYDAEMON_CONF="+conf, "FDSTORE=5", "LISTEN_FDS=4", "LISTEN_FDNAMES=web:extra:x:extra")
+		c.ExtraFiles = []*os.File{f["tcp"], f["tcp2"], f["unix"], f["udp"]}
 	})
 	for _, kind := range []string{"tcp", "tcp2", "unix"} {
 		f[kind].Close()
