@@ -172,6 +172,25 @@ func (d *daemon) serves(generation int) int {
 	return c.pid
 }
 
+// alone returns when the older generations have served their last clients and
+// exited: a stop or restart would end them.
+func (d *daemon) alone() {
+	d.t.Helper()
+	path := "/sys/fs/cgroup" + d.show("ControlGroup") + "/cgroup.procs"
+	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			d.t.Fatal(err)
+		}
+		if len(bytes.Fields(b)) == 1 {
+			return
+		}
+		if time.Now().After(end) {
+			d.t.Fatalf("the unit has the processes %q; want one", b)
+		}
+	}
+}
+
 // logs asserts that the journal of the unit has a line, or none, with a text.
 func (d *daemon) logs(text string, want bool) {
 	d.t.Helper()
@@ -685,7 +704,7 @@ func testSocket(d *daemon) {
 	other := *d
 	other.network, other.address = "unix", path
 	checkOther := other.load()
-	d.dial()
+	d.dial().Close()
 	d.await("ActiveState", "active")
 	d.serves(0)
 	for i := range 3 {
@@ -693,6 +712,7 @@ func testSocket(d *daemon) {
 		d.serves(1 + i)
 		other.serves(1 + i)
 	}
+	d.alone()
 	systemctl(d.t, "restart", d.name+".service")
 	d.serves(0)
 	other.serves(0)
@@ -700,6 +720,7 @@ func testSocket(d *daemon) {
 	d.serves(1)
 	check()
 	checkOther()
+	d.alone()
 	systemctl(d.t, "stop", d.name+".service")
 	if _, err := os.Stat(path); err != nil {
 		d.t.Fatalf("the socket of the socket unit after the service: %v", err)
@@ -719,6 +740,7 @@ func testStore(d *daemon) {
 	check := d.load()
 	for range 3 {
 		before := d.main()
+		d.alone()
 		systemctl(d.t, "restart", d.name)
 		if now := d.serves(0); now == before {
 			d.t.Fatal("it was not restarted")
