@@ -1,0 +1,138 @@
+package ecdysis
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// The conversation between two generations, as docs/design.md has it. A frame
+// is its kind, the length of its payload in four bytes, most significant
+// first, and the payload: records, each a list of "key=value" fields. A field
+// is its length (a varint) and its bytes; an empty one ends the record.
+// Unknown keys are ignored. In a SOCKETS frame each record has a descriptor.
+type frame struct {
+	kind    byte
+	records []record
+	fds     []int
+}
+
+type record []string
+
+const (
+	frameTake    = 'T' // new to old, in a takeover: version; answered by frameHello or frameFail
+	frameHello   = 'H' // old to new: version, generation, pid
+	frameSockets = 'S' // old to new: what is handed on; answered by frameAck
+	frameEnd     = 'E' // old to new: that was all
+	frameAck     = 'K' // new to old: a batch has arrived
+	frameReady   = 'R' // new to old: pid, unclaimed
+	frameFail    = 'F' // new to old: reason, inuse, network, address; old to new, for frameHello: reason
+	frameCommit  = 'C' // old to new: probation
+	frameAbort   = 'A' // old to new: go away
+	frameDone    = 'D' // new to old: I serve
+	frameBye     = 'B' // new to old, within probation: I was stopped, do not come back
+	frameFinal   = 'L' // old to new: I will not come back
+)
+
+const (
+	protocolVersion = "1"
+
+	frameHeader = 5
+	maxFrame    = 64 << 10
+	maxBatch    = 16 << 10 // bytes of records in a SOCKETS frame, one record aside
+	maxBatchFDs = 100
+	maxFDs      = 254 // a message's most, on any system
+)
+
+var (
+	errAgain     = errors.New("nothing there yet")
+	errTruncated = errors.New("the system delivered fewer descriptors than were sent: the limit of open files (RLIMIT_NOFILE) is too low for what this process inherits")
+)
+
+func (r record) get(key string) string {
+	for _, f := range r {
+		if k, v, ok := strings.Cut(f, "="); ok && k == key {
+			return v
+		}
+	}
+	return ""
+}
+
+// first returns the value of a key in a frame of one record.
+func (f frame) first(key string) string {
+	if len(f.records) == 0 {
+		return ""
+	}
+	return f.records[0].get(key)
+}
+
+func appendRecord(b []byte, r record) []byte {
+	for _, f := range r {
+		n := len(f)
+		for ; n >= 0x80; n >>= 7 {
+			b = append(b, byte(n)|0x80)
+		}
+		b = append(append(b, byte(n)), f...)
+	}
+	return append(b, 0)
+}
+
+func appendFrame(b []byte, kind byte, records []record) []byte {
+	start := len(b)
+	b = append(b, kind, 0, 0, 0, 0)
+	for _, r := range records {
+		b = appendRecord(b, r)
+	}
+	n := len(b) - start - frameHeader
+	b[start+1], b[start+2], b[start+3], b[start+4] = byte(n>>24), byte(n>>16), byte(n>>8), byte(n)
+	return b
+}
+
+// parseFrame takes a frame from the front of b. It returns how many bytes
+// that were, 0 if b does not hold a whole frame yet.
+func parseFrame(b []byte) (f frame, n int, err error) {
+	if len(b) < frameHeader {
+		return f, 0, nil
+	}
+	size := uint32(b[1])<<24 | uint32(b[2])<<16 | uint32(b[3])<<8 | uint32(b[4])
+	if size > maxFrame {
+		return f, 0, fmt.Errorf("a frame %q of %d bytes, more than the %d that there can be: the peer does not speak this protocol", b[0], size, maxFrame)
+	}
+	if len(b)-frameHeader < int(size) {
+		return f, 0, nil
+	}
+	f.kind = b[0]
+	n = frameHeader + int(size)
+	p := string(b[frameHeader:n]) // the fields are parts of it
+	for len(p) > 0 {
+		r := make(record, 0, 8)
+		for {
+			l, w := uvarint(p)
+			if w == 0 || l > len(p)-w {
+				return f, 0, fmt.Errorf("a frame %q that is not made of records: the peer does not speak this protocol", f.kind)
+			}
+			field := p[w : w+l]
+			p = p[w+l:]
+			if l == 0 {
+				break
+			}
+			r = append(r, field)
+		}
+		f.records = append(f.records, r)
+	}
+	return f, n, nil
+}
+
+// uvarint returns the number at the front of b and how many bytes it took; 0:
+// it is not a number, or one larger than a field can be.
+func uvarint(b string) (n, size int) {
+	for size < len(b) && size < 3 {
+		c := b[size]
+		n |= int(c&0x7f) << (7 * size)
+		size++
+		if c < 0x80 {
+			return n, size
+		}
+	}
+	return 0, 0
+}

@@ -1,0 +1,97 @@
+package ecdysis
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// A pidFile is a file with this process's ID, written beside its place.
+type pidFile struct {
+	temp, path string
+	dev, ino   uint64
+}
+
+// writePIDFile returns the zero pidFile, which does nothing, for no path.
+func writePIDFile(path string) (pidFile, error) {
+	if path == "" {
+		return pidFile{}, nil
+	}
+	p := pidFile{temp: tempPIDFile(path, os.Getpid()), path: path}
+	_ = os.Remove(p.temp) // of an earlier process with this ID
+	f, err := os.OpenFile(p.temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return pidFile{}, fmt.Errorf("PID file: %w", err)
+	}
+	_, err = f.WriteString(strconv.Itoa(os.Getpid()) + "\n")
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	var st unix.Stat_t
+	if err == nil {
+		err = os.NewSyscallError("lstat", unix.Lstat(p.temp, &st))
+	}
+	if err != nil {
+		p.discard()
+		return pidFile{}, fmt.Errorf("PID file: %w", err)
+	}
+	p.dev, p.ino = uint64(st.Dev), uint64(st.Ino)
+	return p, nil
+}
+
+func tempPIDFile(path string, pid int) string { return path + "." + strconv.Itoa(pid) }
+
+// restorePIDFile makes the file name this process again.
+func (u *Upgrader) restorePIDFile() error {
+	if u.ownsPIDFile() {
+		return nil
+	}
+	p, err := writePIDFile(u.opts.PIDFile)
+	if err != nil {
+		return err
+	}
+	u.mu.Lock()
+	u.pidFile = p
+	u.mu.Unlock()
+	return p.commit()
+}
+
+// ownsPIDFile reports whether the PID file is there and names this process.
+func (u *Upgrader) ownsPIDFile() bool {
+	if u.opts.PIDFile == "" {
+		return false
+	}
+	b, err := os.ReadFile(u.opts.PIDFile)
+	if err == nil {
+		return strings.TrimSpace(string(b)) == strconv.Itoa(os.Getpid())
+	}
+	// A process that has no descriptor left cannot read it, and still has to
+	// clear it away.
+	u.mu.Lock()
+	p := u.pidFile
+	u.mu.Unlock()
+	var st unix.Stat_t
+	return !errors.Is(err, os.ErrNotExist) && unix.Lstat(u.opts.PIDFile, &st) == nil &&
+		p.ino != 0 && uint64(st.Dev) == p.dev && uint64(st.Ino) == p.ino
+}
+
+func (p pidFile) commit() error {
+	if p.path == "" {
+		return nil
+	}
+	if err := os.Rename(p.temp, p.path); err != nil {
+		p.discard()
+		return fmt.Errorf("PID file: %w", err)
+	}
+	return nil
+}
+
+func (p pidFile) discard() {
+	if p.path != "" {
+		_ = os.Remove(p.temp)
+	}
+}

@@ -1,0 +1,386 @@
+package ecdysis
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A stream is one end of the connection between two generations. A successor
+// hands on its end, as an entry, to those after it: its end of file tells them
+// that the older process has exited.
+//
+// turn is held by the goroutine that waits for input; it alone sets conn's
+// read deadline, except that the end of a context and wakeReader may set one
+// that has passed, which the one that waits must be able to stand. rmu guards what was
+// received, wmu what is to be sent; neither is held over a call that blocks.
+type stream struct {
+	conn *net.UnixConn
+	raw  syscall.RawConn
+	turn chan struct{}
+
+	inherits bool // this is the successor's end, which is sent descriptors
+
+	rmu    sync.Mutex
+	in     []byte
+	fds    []int
+	end    error // io.EOF and others that the stream ended with
+	sender int   // the process that wrote what came last; 0: the system does not tell
+	buf    []byte
+
+	wmu sync.Mutex
+	out []byte // of a frame that the system took the beginning of
+}
+
+// unixConn takes fd over, or closes it.
+func unixConn(fd int) (*net.UnixConn, error) {
+	f := os.NewFile(uintptr(fd), "")
+	c, err := net.FileConn(f)
+	f.Close()
+	if err != nil {
+		return nil, err
+	}
+	conn, ok := c.(*net.UnixConn)
+	if !ok {
+		c.Close()
+		return nil, fmt.Errorf("a %T; want a Unix socket", c)
+	}
+	return conn, nil
+}
+
+// newStream takes fd over, or closes it.
+func newStream(fd int) (*stream, error) {
+	conn, err := unixConn(fd)
+	if err != nil {
+		return nil, err
+	}
+	return streamOn(conn)
+}
+
+// streamOn takes conn over, or closes it.
+func streamOn(conn *net.UnixConn) (*stream, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return &stream{conn: conn, raw: raw, turn: make(chan struct{}, 1)}, nil
+}
+
+func (s *stream) close() {
+	s.conn.Close()
+	s.rmu.Lock()
+	defer s.rmu.Unlock()
+	closeAll(s.fds)
+	s.fds = nil
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+}
+
+// What an entry needs. Nobody accepts on a stream.
+
+func (s *stream) quiet() {}
+
+func (s *stream) resume() {}
+
+func (s *stream) shut() {}
+
+func (s *stream) control(f func(fd uintptr)) error { return s.raw.Control(f) }
+
+// next returns a frame that has arrived, errAgain if there is none, or how
+// the stream has ended: io.EOF when the peer is gone. It does not block.
+func (s *stream) next() (frame, error) {
+	s.rmu.Lock()
+	defer s.rmu.Unlock()
+	for {
+		f, n, err := parseFrame(s.in)
+		if err == nil && n > 0 && f.kind == frameSockets {
+			if len(f.records) > len(s.fds) {
+				err = fmt.Errorf("%d descriptors were announced and %d came", len(f.records), len(s.fds))
+			} else {
+				f.fds = s.fds[:len(f.records):len(f.records)]
+				s.fds = s.fds[len(f.records):]
+			}
+		}
+		if err != nil {
+			s.end = err
+			return frame{}, err
+		}
+		if n > 0 {
+			s.in = s.in[n:]
+			return f, nil
+		}
+		if s.end != nil {
+			return frame{}, s.end
+		}
+		again := false
+		if err := s.raw.Control(func(fd uintptr) { again = !s.fill(int(fd)) }); err != nil {
+			return frame{}, err
+		}
+		if again {
+			return frame{}, errAgain
+		}
+	}
+}
+
+// atEnd reports whether the stream has ended and all of it was taken. It takes
+// nothing itself.
+func (s *stream) atEnd() bool {
+	s.rmu.Lock()
+	defer s.rmu.Unlock()
+	if s.end == nil {
+		_ = s.raw.Control(func(fd uintptr) { s.fill(int(fd)) })
+	}
+	_, n, _ := parseFrame(s.in)
+	return s.end != nil && n == 0
+}
+
+// fill receives what is there. It reports false if nothing was. s.rmu is held.
+func (s *stream) fill(fd int) bool {
+	if s.buf == nil {
+		s.buf = make([]byte, 8<<10+unix.CmsgSpace(4*maxFDs)+senderSpace)
+	}
+	p, oob := s.buf[:8<<10], s.buf[8<<10:]
+	if !s.inherits {
+		oob = oob[:senderSpace] // no room for descriptors: the system discards them
+	}
+	n, oobn, flags, err := recvmsg(fd, p, oob)
+	switch {
+	case err == unix.EAGAIN:
+		return false
+	case err == unix.ECONNRESET, err == unix.EPIPE:
+		s.end = io.EOF
+		return true
+	case err != nil:
+		s.end = os.NewSyscallError("recvmsg", err)
+		return true
+	}
+	if oobn > 0 {
+		fds, sender, err := parseControl(oob[:oobn])
+		s.fds = append(s.fds, fds...)
+		s.sender = sender
+		if err != nil {
+			s.end = err
+		}
+	}
+	switch truncated := flags&unix.MSG_CTRUNC != 0; {
+	case !s.inherits && (truncated || len(s.fds) > 0):
+		s.end = errors.New("the successor sent descriptors: it does not speak this protocol")
+	case truncated:
+		s.end = errTruncated
+	}
+	if s.end != nil {
+		closeAll(s.fds)
+		s.fds, s.in = nil, nil
+		return true
+	}
+	if n == 0 {
+		s.end = io.EOF
+	}
+	s.in = append(s.in, p[:n]...)
+	return true
+}
+
+// parseControl returns the descriptors that came with a message, and its
+// sender.
+func parseControl(oob []byte) (fds []int, sender int, err error) {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil, 0, os.NewSyscallError("recvmsg", err)
+	}
+	for i := range msgs {
+		if pid := senderOf(&msgs[i]); pid != 0 {
+			sender = pid
+		}
+		if msgs[i].Header.Level != unix.SOL_SOCKET || msgs[i].Header.Type != unix.SCM_RIGHTS {
+			continue
+		}
+		list, err := unix.ParseUnixRights(&msgs[i])
+		if err != nil {
+			return fds, sender, os.NewSyscallError("recvmsg", err)
+		}
+		fds = append(fds, list...)
+	}
+	return fds, sender, nil
+}
+
+// waitInput returns when input has arrived or the read deadline, which a
+// concurrent end of a context may have moved, has passed. s.turn is held.
+func (s *stream) waitInput() error {
+	return s.raw.Read(func(fd uintptr) bool {
+		s.rmu.Lock()
+		defer s.rmu.Unlock()
+		return s.fill(int(fd))
+	})
+}
+
+// read returns the next frame, os.ErrDeadlineExceeded after a last look when
+// the time is over, or how the stream has ended.
+func (s *stream) read(deadline time.Time) (frame, error) {
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
+	for {
+		f, err := s.next()
+		if err != errAgain {
+			return f, err
+		}
+		if !deadline.IsZero() && !time.Now().Before(deadline) {
+			return f, os.ErrDeadlineExceeded
+		}
+		if err := s.conn.SetReadDeadline(deadline); err != nil {
+			return f, err
+		}
+		if err := s.waitInput(); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			return f, err
+		}
+	}
+}
+
+// wait passes what arrives, and at last the end of the stream, to hear until
+// that returns true, done is closed, or ctx is done, whose error it returns.
+func (s *stream) wait(ctx context.Context, done <-chan struct{}, hear func(frame, error) bool) error {
+	select {
+	case s.turn <- struct{}{}:
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-s.turn }()
+	if err := s.conn.SetReadDeadline(time.Time{}); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = s.conn.SetReadDeadline(past) })
+	defer stop()
+	for {
+		f, err := s.next()
+		if err != errAgain {
+			if hear(f, err) || err != nil {
+				return nil
+			}
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		select {
+		case <-done: // another goroutine has heard it; see wakeReader
+			return nil
+		default:
+		}
+		switch err := s.waitInput(); {
+		case err == nil:
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return err
+		case ctx.Err() == nil: // wakeReader, or the context of one that waited before
+			if err := s.conn.SetReadDeadline(time.Time{}); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// wakeReader makes the goroutine that waits look again.
+func (s *stream) wakeReader() { _ = s.conn.SetReadDeadline(past) }
+
+// send writes a frame without blocking; every frame but the sockets fits the
+// buffer. errAgain: the buffer is full and nothing was taken. The descriptors
+// go with the frame's first byte.
+func (s *stream) send(kind byte, records []record, fds []int) error {
+	s.wmu.Lock()
+	defer s.wmu.Unlock()
+	if err := s.flush(); err != nil {
+		return err
+	}
+	var oob []byte
+	if len(fds) > 0 {
+		oob = unix.UnixRights(fds...)
+	}
+	b := appendFrame(nil, kind, records)
+	if len(b) > frameHeader+maxFrame {
+		return fmt.Errorf("a frame %q of %d bytes; there can be %d", kind, len(b), maxFrame)
+	}
+	n, err := s.write(b, oob)
+	if err != nil {
+		return err
+	}
+	s.out = b[n:]
+	if err := s.flush(); err != errAgain {
+		return err
+	}
+	return nil // the rest follows with the next call
+}
+
+// flush sends the rest of an earlier frame. s.wmu is held.
+func (s *stream) flush() error {
+	for len(s.out) > 0 {
+		n, err := s.write(s.out, nil)
+		if err != nil {
+			return err
+		}
+		s.out = s.out[n:]
+	}
+	return nil
+}
+
+func (s *stream) write(b, oob []byte) (n int, err error) {
+	cerr := s.raw.Control(func(fd uintptr) {
+		for {
+			n, err = unix.SendmsgN(int(fd), b, oob, nil, 0)
+			if err != unix.EINTR {
+				return
+			}
+		}
+	})
+	switch {
+	case cerr != nil:
+		return 0, cerr
+	case err == unix.EAGAIN, err == unix.ETOOMANYREFS, err == unix.ENOBUFS, err == unix.EMFILE:
+		return 0, errAgain
+	case err == unix.EPIPE, err == unix.ECONNRESET:
+		return 0, io.EOF
+	case err != nil:
+		return 0, os.NewSyscallError("sendmsg", err)
+	}
+	return n, nil
+}
+
+// abort tells the successor that it was given up. There is room for that in
+// the system's buffer even if the successor has read nothing: the end of the
+// stream, which follows, would say without it that this process has died.
+func (s *stream) abort() error {
+	_ = s.raw.Control(func(fd uintptr) { useReserve(int(fd)) })
+	return s.send(frameAbort, nil, nil)
+}
+
+func (s *stream) sendFail(reason error) {
+	text := "no reason was given"
+	if reason != nil {
+		text = reason.Error()
+	}
+	if len(text) > maxFrame/2 {
+		text = text[:maxFrame/2]
+	}
+	r := record{"reason=" + text}
+	if errors.Is(reason, unix.EADDRINUSE) { // the old process may know why
+		r = append(r, "inuse=1")
+		for err := reason; err != nil; err = errors.Unwrap(err) {
+			if oe, ok := err.(*net.OpError); ok && oe.Addr != nil {
+				r = append(r, "network="+oe.Net, "address="+oe.Addr.String())
+			}
+		}
+	}
+	_ = s.send(frameFail, []record{r}, nil) // fails only if the old process is gone
+}

@@ -1,0 +1,201 @@
+package ecdysis
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// errNoBytes is what a call says that would send descriptors with nothing.
+var errNoBytes = errors.New("descriptors travel with at least one byte, and there is none")
+
+// ReadFiles reads from a Unix connection of any kind into b, and returns the
+// descriptors that came with what it has read, close-on-exec, as files that
+// the caller closes. It blocks like a Read of c, whose deadline and Close end
+// it. At the end of the stream it returns io.EOF.
+//
+// If the system had to cut the descriptors (the process has as many open as it
+// may), those that came are closed and the error is EMFILE; if a packet was
+// longer than b, they are closed and the error is EMSGSIZE. See recvmsg(2) and
+// unix(7). A plain Read of such a connection drops descriptors. If b is empty,
+// ReadFiles returns at once and takes nothing.
+//
+// c is a *net.UnixConn, a *SeqpacketConn or a *UnixgramConn.
+func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
+	fail := func(err error) (int, []*os.File, error) {
+		return 0, nil, fmt.Errorf("ecdysis: read files: %w", err)
+	}
+	if len(b) == 0 {
+		return 0, nil, nil
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return fail(err)
+	}
+	oob := make([]byte, unix.CmsgSpace(4*maxFDs)+senderSpace)
+	var oobn, flags int
+	end := false
+	rerr := raw.Read(func(fd uintptr) bool {
+		n, oobn, flags, err = recvmsg(int(fd), b, oob)
+		if err == unix.ECONNRESET { // told once, and before what the peer has sent
+			n, oobn, flags, err = recvmsg(int(fd), b, oob)
+		}
+		if err == nil && n == 0 {
+			typ, _ := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE)
+			end = typ == unix.SOCK_STREAM || typ == unix.SOCK_SEQPACKET && atEnd(int(fd))
+		}
+		return err != unix.EAGAIN
+	})
+	if rerr != nil {
+		return fail(rerr)
+	}
+	if err != nil {
+		return fail(os.NewSyscallError("recvmsg", err))
+	}
+	fds, _, err := parseControl(oob[:oobn])
+	switch {
+	case err != nil:
+	case flags&unix.MSG_CTRUNC != 0:
+		err = fmt.Errorf("%w: the system delivered fewer descriptors than were sent (see RLIMIT_NOFILE)", os.NewSyscallError("recvmsg", unix.EMFILE))
+	case flags&unix.MSG_TRUNC != 0:
+		err = tooLong(len(b))
+	case end && len(fds) == 0:
+		return 0, nil, io.EOF
+	}
+	if err != nil {
+		closeAll(fds)
+		return fail(err)
+	}
+	for _, fd := range fds {
+		files = append(files, os.NewFile(uintptr(fd), "received"))
+	}
+	return n, files, nil
+}
+
+// WriteFiles writes b to a Unix connection of any kind, and with its first
+// byte copies of the files' descriptors, at most 100. The files stay the
+// caller's. It blocks like a Write of c, whose deadline and Close end it. If
+// it returns n > 0, the descriptors have been sent. b must not be empty.
+//
+// ETOOMANYREFS means that this user has too many descriptors under way that
+// nobody has received yet; see sendmsg(2) and unix(7).
+//
+// c is a *net.UnixConn, a *SeqpacketConn or, if it is connected, a
+// *UnixgramConn.
+func WriteFiles(c syscall.Conn, b []byte, files ...*os.File) (n int, err error) {
+	fail := func(err error) (int, error) {
+		return n, fmt.Errorf("ecdysis: write files: %w", err)
+	}
+	switch {
+	case len(files) > maxBatchFDs:
+		return fail(fmt.Errorf("%d files; a message takes at most %d on every system", len(files), maxBatchFDs))
+	case len(b) == 0:
+		return fail(errNoBytes)
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return fail(err)
+	}
+	err = withDescriptors(files, nil, func(fds []int) error {
+		var oob []byte
+		if len(fds) > 0 {
+			oob = unix.UnixRights(fds...)
+		}
+		var err error
+		werr := raw.Write(func(fd uintptr) bool {
+			flags := 0
+			if typ, _ := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE); typ == unix.SOCK_SEQPACKET {
+				flags = unix.MSG_EOR
+			}
+			for n < len(b) {
+				var m int
+				m, err = unix.SendmsgN(int(fd), b[n:], oob, nil, flags)
+				switch err {
+				case nil:
+					n += m
+					oob = nil
+				case unix.EINTR:
+				case unix.EAGAIN:
+					return false
+				default:
+					return true
+				}
+			}
+			return true
+		})
+		if werr != nil {
+			return werr
+		}
+		return os.NewSyscallError("sendmsg", err)
+	})
+	if err != nil {
+		return fail(err)
+	}
+	return n, nil
+}
+
+// withDescriptors calls f with the files' descriptors, which stay what they
+// are meanwhile.
+func withDescriptors(files []*os.File, fds []int, f func([]int) error) error {
+	if len(files) == 0 {
+		return f(fds)
+	}
+	raw, err := files[0].SyscallConn()
+	if err != nil {
+		return err
+	}
+	cerr := raw.Control(func(fd uintptr) { err = withDescriptors(files[1:], append(fds, int(fd)), f) })
+	if cerr != nil {
+		return closedError(files[0], cerr)
+	}
+	return err
+}
+
+// A Cred says who is at the other end of a Unix connection.
+type Cred struct {
+	PID int // 0: the system does not tell, or the process is not visible from here
+	UID int // the effective user ID
+}
+
+// PeerCred returns who made the other end of a Unix connection: who called
+// connect, listen or socketpair, as the system has noted it then (SO_PEERCRED
+// on Linux and OpenBSD, LOCAL_PEERCRED, LOCAL_PEEREID on NetBSD; see unix(7)
+// and unix(4)). FreeBSD and DragonFly do not tell the PID. A connection that
+// is none of Unix, or not connected, is an error, and so is, on Linux, a
+// datagram socket that is no socketpair's.
+//
+// c is a *net.UnixConn or a *SeqpacketConn.
+func PeerCred(c syscall.Conn) (Cred, error) {
+	fail := func(err error) (Cred, error) { return Cred{}, fmt.Errorf("ecdysis: peer credentials: %w", err) }
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return fail(err)
+	}
+	var cred Cred
+	cerr := raw.Control(func(fd uintptr) {
+		sa, serr := unix.Getsockname(int(fd))
+		if _, isUnix := sa.(*unix.SockaddrUnix); !isUnix {
+			err = fmt.Errorf("a %T is no Unix connection: %w", c, errors.ErrUnsupported)
+			if serr != nil {
+				err = os.NewSyscallError("getsockname", serr)
+			}
+			return
+		}
+		if cred, err = peerCred(int(fd)); err != nil {
+			err = os.NewSyscallError("getsockopt", err)
+		} else if cred.UID == -1 || uint32(cred.UID) == 1<<32-1 {
+			err = os.NewSyscallError("getsockopt", unix.ENOTCONN)
+		}
+	})
+	if cerr != nil {
+		return fail(cerr)
+	}
+	if err != nil {
+		return fail(err)
+	}
+	return cred, nil
+}

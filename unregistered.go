@@ -1,0 +1,113 @@
+package ecdysis
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Unregistered lists the sockets of this process that a successor would find
+// in its way: those that listen, or are bound for packets and not connected,
+// and are not handed on. Each is named by its address and descriptor, as in
+// "tcp 127.0.0.1:80 (descriptor 7)". It looks at the descriptors of this
+// process alone, not at those of its children. The error of an upgrade names
+// them if the successor has called Fail with an error that is EADDRINUSE, or
+// has ended without a word.
+func (u *Upgrader) Unregistered() ([]string, error) {
+	list, err := u.unregistered()
+	if err != nil {
+		return nil, fmt.Errorf("ecdysis: unregistered: %w", err)
+	}
+	var names []string
+	for _, e := range list {
+		names = append(names, e.where())
+	}
+	return names, nil
+}
+
+// unregistered returns an entry for each of these sockets, whose descriptor is
+// not the entry's own.
+func (u *Upgrader) unregistered() ([]*entry, error) {
+	fds, err := openDescriptors()
+	if err != nil {
+		return nil, err
+	}
+	// A copy of a registered socket is no other socket.
+	type id struct{ dev, ino uint64 }
+	ident := func(fd int) (id, bool) {
+		var st unix.Stat_t
+		err := unix.Fstat(fd, &st)
+		return id{uint64(st.Dev), uint64(st.Ino)}, err == nil && st.Ino != 0
+	}
+	numbers, known := make(map[int]bool), make(map[id]bool)
+	u.mu.Lock()
+	for _, list := range [][]*entry{u.reg.entries, u.reg.inherited} {
+		for _, e := range list {
+			_ = e.control(func(fd uintptr) {
+				numbers[int(fd)] = true
+				if i, ok := ident(int(fd)); ok {
+					known[i] = true
+				}
+			})
+		}
+	}
+	u.mu.Unlock()
+	var list []*entry
+	for _, fd := range fds {
+		if i, ok := ident(fd); numbers[fd] || ok && known[i] {
+			continue
+		}
+		e := &entry{kind: kindFile, fd: fd}
+		if e.recognize(); e.kind != kindFile {
+			list = append(list, e)
+		}
+	}
+	return list, nil
+}
+
+// openDescriptors lists the open descriptors of this process: poll(2) tells
+// which are not, a thousand at a time, on every system.
+func openDescriptors() ([]int, error) {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return nil, os.NewSyscallError("getrlimit", err)
+	}
+	end := 1 << 20
+	if uint64(limit.Cur) < uint64(end) {
+		end = int(limit.Cur)
+	}
+	var open []int
+	for first := 0; first < end; first += 1024 {
+		fds := make([]unix.PollFd, min(1024, end-first))
+		for i := range fds {
+			fds[i].Fd = int32(first + i)
+		}
+		for {
+			_, err := unix.Poll(fds, 0)
+			if err == nil {
+				break
+			}
+			if err != unix.EINTR {
+				return nil, os.NewSyscallError("poll", err)
+			}
+		}
+		for _, p := range fds {
+			if p.Revents&unix.POLLNVAL == 0 {
+				open = append(open, int(p.Fd))
+			}
+		}
+	}
+	return open, nil
+}
+
+// autobound reports whether a socket has an abstract name that the system has
+// chosen (unix(7), Autobind), by which it is in nobody's way.
+func (e *entry) autobound() bool {
+	return isAbstract(e.address) && len(e.address) == len("@00000") && strings.Trim(e.address[1:], "0123456789abcdef") == ""
+}
+
+// where names a socket by its address and descriptor.
+func (e *entry) where() string { return e.label() + " (descriptor " + strconv.Itoa(e.fd) + ")" }
