@@ -94,13 +94,13 @@ func resolve(network, address string) (*place, error) {
 		return nil, err
 	}
 	only4, only6 := network[len(network)-1] == '4', network[len(network)-1] == '6'
-	p.v6only = only6
 	ip4 := ip.To4()
 	wildcard := ip == nil || ip.IsUnspecified()
 	if only6 || ip != nil && ip4 == nil || !only4 && wildcard && dualStack && haveIPv6() {
 		p.family = unix.AF_INET6
 	}
 	if p.family == unix.AF_INET6 {
+		p.v6only = only6 || !dualStack
 		sa := &unix.SockaddrInet6{Port: port}
 		if !wildcard {
 			copy(sa.Addr[:], ip.To16())
@@ -193,7 +193,7 @@ func boundTo(fd, typ int) (sa unix.Sockaddr, at string, err error) {
 	v6only := false
 	if sa6, ok := sa.(*unix.SockaddrInet6); ok && sa6.Addr == [16]byte{} {
 		n, err := unix.GetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY)
-		v6only = err != nil || n != 0
+		v6only = !dualStack || err != nil || n != 0
 	}
 	return sa, boundKey(typ, sa, v6only), nil
 }

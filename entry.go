@@ -162,18 +162,9 @@ func (e *entry) rename(path string) {
 	}
 }
 
-// hungUp reports whether the other end of a stream is closed. It takes nothing
-// from the stream.
+// hungUp reports whether the other end of a stream is closed. Nothing unread
+// can hide that from it, because FINAL is the last frame of an older process.
 func (e *entry) hungUp() (yes bool) {
-	err := e.control(func(fd uintptr) {
-		fds := []unix.PollFd{{Fd: int32(fd)}}
-		for {
-			_, err := unix.Poll(fds, 0)
-			if err != unix.EINTR {
-				break
-			}
-		}
-		yes = fds[0].Revents&(unix.POLLHUP|unix.POLLERR|unix.POLLNVAL) != 0
-	})
+	err := e.control(func(fd uintptr) { yes = streamEnded(int(fd)) })
 	return err != nil || yes
 }

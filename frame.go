@@ -40,8 +40,7 @@ const (
 	frameHeader = 5
 	maxFrame    = 64 << 10
 	maxBatch    = 16 << 10 // bytes of records in a SOCKETS frame, one record aside
-	maxBatchFDs = 100
-	maxFDs      = 254 // a message's most, on any system
+	maxFDs      = 254      // a message's most, on any system
 )
 
 var (

@@ -6,12 +6,13 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
-// On the BSDs the end of a packet is a mark that the sender sets (MSG_EOR),
-// and an empty packet looks like the end of the connection. macOS has no such
+// On the BSDs the end of a packet is a mark that the sender sets (MSG_EOR). It
+// tells an empty packet from the end of the connection. macOS has no such
 // sockets; there this is only compiled.
 
 // A packetIn is a packet on its way in. It is received into the caller's buffer
@@ -33,11 +34,11 @@ func (p *packetIn) receive(fd int) bool {
 		return false
 	case err != nil:
 		p.err = os.NewSyscallError("recvmsg", err)
-	case n == 0:
+	case n == 0 && atEnd(fd, flags):
 		p.err = io.EOF
 	case n > len(p.b):
 		p.n, p.err = len(p.b), tooLong(len(p.b))
-		if runtime.GOOS == "freebsd" && flags&(unix.MSG_EOR|unix.MSG_TRUNC) == 0 {
+		if flags&(unix.MSG_EOR|unix.MSG_TRUNC) == 0 && restStays() {
 			drainPacket(fd)
 		}
 	default:
@@ -49,16 +50,27 @@ func (p *packetIn) receive(fd int) bool {
 	return true
 }
 
-// atEnd says that what is empty is the end of the connection.
-func atEnd(int) bool { return true }
+// atEnd reports whether what was received without a byte is the end of the
+// connection.
+func atEnd(_, flags int) bool { return flags&unix.MSG_EOR == 0 }
 
 func (p *packetIn) end() (int, error) {
 	p.b = nil
 	return p.n, p.err
 }
 
-// drainPacket takes what is left of a packet: from FreeBSD 15 on the rest stays
-// in the socket, up to the mark.
+// restStays reports whether what is left of a packet that was longer than the
+// buffer is received next, as from FreeBSD 15 on. Others drop it, and what is
+// received next is another packet.
+var restStays = sync.OnceValue(func() bool {
+	if runtime.GOOS != "freebsd" {
+		return false
+	}
+	release, err := unix.SysctlUint32("kern.osreldate")
+	return err == nil && release >= 1500000
+})
+
+// drainPacket takes what is left of a packet, up to the mark.
 func drainPacket(fd int) {
 	b := make([]byte, 4<<10)
 	for {
@@ -82,11 +94,10 @@ func recvBuffers(fd int, bufs [][]byte) (n, flags int, err error) {
 // go in parts, of which the last has the mark.
 func (p *packetOut) transmit(fd int) bool {
 	for p.n < len(p.b) {
-		n, err := unix.SendmsgN(fd, p.b[p.n:], nil, nil, unix.MSG_EOR)
+		n, err := sendmsg(fd, p.b[p.n:], nil, unix.MSG_EOR)
 		switch err {
 		case nil:
 			p.n += n
-		case unix.EINTR:
 		case unix.EAGAIN, unix.ENOBUFS:
 			return false
 		default:

@@ -28,7 +28,7 @@ func (p *packetIn) receive(fd int) bool {
 		switch errno {
 		case 0:
 			p.n = int(n)
-			if n == 0 && atEnd(fd) {
+			if n == 0 && atEnd(fd, 0) {
 				p.err = io.EOF
 			}
 			return true
@@ -56,7 +56,7 @@ func (p *packetIn) end() (int, error) {
 
 // atEnd tells the end of a connection from an empty packet: the peer has
 // closed its side, and nothing is left to receive.
-func atEnd(fd int) bool {
+func atEnd(fd, _ int) bool {
 	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
 	if n, err := unix.Poll(fds, 0); err != nil || n == 0 {
 		return err != nil

@@ -153,15 +153,17 @@ func (s *stream) fill(fd int) bool {
 		s.buf = make([]byte, 8<<10+unix.CmsgSpace(4*maxFDs)+senderSpace)
 	}
 	p, oob := s.buf[:8<<10], s.buf[8<<10:]
-	if !s.inherits {
-		oob = oob[:senderSpace] // no room for descriptors: the system discards them
-	}
+	// There is room for descriptors even where none are taken: some systems
+	// leave those open that have none, and say nothing.
 	n, oobn, flags, err := recvmsg(fd, p, oob)
 	switch {
 	case err == unix.EAGAIN:
 		return false
 	case err == unix.ECONNRESET, err == unix.EPIPE:
 		s.end = io.EOF
+		return true
+	case err == unix.EMFILE:
+		s.end = errTruncated
 		return true
 	case err != nil:
 		s.end = os.NewSyscallError("recvmsg", err)
@@ -312,7 +314,11 @@ func (s *stream) send(kind byte, records []record, fds []int) error {
 	if len(b) > frameHeader+maxFrame {
 		return fmt.Errorf("a frame %q of %d bytes; there can be %d", kind, len(b), maxFrame)
 	}
-	n, err := s.write(b, oob)
+	first := b
+	if len(fds) > 0 && oneBatchUnread {
+		first = b[:1] // the rest can wait for room without being lost
+	}
+	n, err := s.write(first, oob)
 	if err != nil {
 		return err
 	}
@@ -336,14 +342,7 @@ func (s *stream) flush() error {
 }
 
 func (s *stream) write(b, oob []byte) (n int, err error) {
-	cerr := s.raw.Control(func(fd uintptr) {
-		for {
-			n, err = unix.SendmsgN(int(fd), b, oob, nil, 0)
-			if err != unix.EINTR {
-				return
-			}
-		}
-	})
+	cerr := s.raw.Control(func(fd uintptr) { n, err = sendmsg(int(fd), b, oob, 0) })
 	switch {
 	case cerr != nil:
 		return 0, cerr

@@ -13,12 +13,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
+// Variables, so that a test can take another system's part.
+var (
 	// OpenBSD and DragonFly have no socket for both versions of IP.
-	dualStack      = runtime.GOOS != "openbsd" && runtime.GOOS != "dragonfly"
-	maxUnixPath    = 103
-	oneBatchUnread = true // NetBSD drops descriptors that its receiver has no room for
+	dualStack   = runtime.GOOS != "openbsd" && runtime.GOOS != "dragonfly"
+	maxBatchFDs = batchFDs()
+	// macOS has no flag for descriptors that are close-on-exec when they are
+	// received, and FreeBSD 11 and 12 ignore it.
+	marksLate = runtime.GOOS == "darwin" || runtime.GOOS == "freebsd"
+	// NetBSD (packets, descriptors) and macOS (descriptors) lower the size of
+	// a buffer by what the peer has not read, so that what has no room yet
+	// seems to be too long.
+	shrinkingBuffers = runtime.GOOS == "netbsd" || runtime.GOOS == "darwin"
+	// FreeBSD up to 14 gives ENOTCONN while the peer is just closing.
+	lateNotConnected = runtime.GOOS == "freebsd"
+	// NetBSD and DragonFly drop descriptors that their receiver has no room
+	// for, and the data that they came with.
+	oneBatchUnread = true
 )
+
+// batchFDs is how many descriptors go in one message: DragonFly takes 42,
+// OpenBSD 127, the others 254 or more.
+func batchFDs() int {
+	if runtime.GOOS == "dragonfly" {
+		return 40
+	}
+	return 100
+}
+
+const maxUnixPath = 103
 
 // keepReserve makes a stream's buffer large enough for the first batch, and
 // leaves room for useReserve to let an ABORT through.
@@ -28,14 +51,6 @@ func keepReserve(fd int) {
 
 func useReserve(fd int) {
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 128<<10)
-}
-
-func isListening(fd int) (bool, error) {
-	if runtime.GOOS == "darwin" || runtime.GOOS == "dragonfly" {
-		return false, errors.ErrUnsupported // the option cannot be read
-	}
-	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
-	return n != 0, err
 }
 
 // The process ID of a message's sender is not to be had.

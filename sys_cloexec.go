@@ -10,6 +10,8 @@ import (
 
 // These systems make descriptors close-on-exec from birth; macOS does not.
 
+var receiveFlags = unix.MSG_CMSG_CLOEXEC // a variable so that a test can take another system's part
+
 func newSocket(family, typ int) (int, error) {
 	fd, err := unix.Socket(family, typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	return fd, os.NewSyscallError("socket", err)
@@ -18,13 +20,4 @@ func newSocket(family, typ int) (int, error) {
 func socketpair(typ int) ([2]int, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	return fds, os.NewSyscallError("socketpair", err)
-}
-
-func recvmsg(fd int, p, oob []byte) (n, oobn, flags int, err error) {
-	for {
-		n, oobn, flags, _, err = unix.Recvmsg(fd, p, oob, unix.MSG_CMSG_CLOEXEC)
-		if err != unix.EINTR {
-			return n, oobn, flags, err
-		}
-	}
 }

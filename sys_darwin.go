@@ -7,7 +7,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const reusePort = unix.SO_REUSEPORT
+const (
+	reusePort    = unix.SO_REUSEPORT
+	receiveFlags = 0
+)
 
 // macOS marks descriptors close-on-exec only after they are made. The fork
 // lock keeps the processes that Go starts meanwhile from getting them.
@@ -44,32 +47,14 @@ func socketpair(typ int) ([2]int, error) {
 	return fds, nil
 }
 
-func recvmsg(fd int, p, oob []byte) (n, oobn, flags int, err error) {
-	syscall.ForkLock.RLock()
-	defer syscall.ForkLock.RUnlock()
-	for {
-		n, oobn, flags, _, err = unix.Recvmsg(fd, p, oob, 0)
-		if err != unix.EINTR {
-			break
-		}
-	}
-	if err == nil && oobn > 0 {
-		fds, _, _ := parseControl(oob[:oobn])
-		for _, fd := range fds {
-			unix.CloseOnExec(fd)
-		}
-	}
-	return n, oobn, flags, err
-}
-
 func peerCred(fd int) (Cred, error) {
 	x, err := unix.GetsockoptXucred(fd, unix.SOL_LOCAL, unix.LOCAL_PEERCRED)
 	if err != nil {
 		return Cred{}, err
 	}
 	pid, err := unix.GetsockoptInt(fd, unix.SOL_LOCAL, unix.LOCAL_PEERPID)
-	if err != nil {
-		return Cred{}, err
+	if err != nil { // ENOTCONN when the peer has closed, and the user is known still
+		pid = 0
 	}
 	return Cred{PID: pid, UID: int(x.Uid)}, nil
 }

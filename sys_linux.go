@@ -8,11 +8,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Variables, so that a test can take another system's part.
+var (
+	dualStack        = true
+	maxBatchFDs      = 100 // descriptors in one message; the system takes 253
+	marksLate        = false
+	shrinkingBuffers = false
+	lateNotConnected = false
+	oneBatchUnread   = false // a stream holds what its buffer takes, descriptors included
+)
+
 const (
-	dualStack      = true
-	maxUnixPath    = 107
-	oneBatchUnread = false // a stream holds what its buffer takes, descriptors included
-	reusePort      = unix.SO_REUSEPORT
+	maxUnixPath = 107
+	reusePort   = unix.SO_REUSEPORT
 )
 
 // abortReserve is how much of a stream's buffer is kept for an ABORT.
@@ -29,11 +37,6 @@ func keepReserve(fd int) {
 
 func useReserve(fd int) {
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 1<<20)
-}
-
-func isListening(fd int) (bool, error) {
-	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
-	return n != 0, err
 }
 
 func peerCred(fd int) (Cred, error) {

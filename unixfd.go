@@ -13,6 +13,8 @@ import (
 // errNoBytes is what a call says that would send descriptors with nothing.
 var errNoBytes = errors.New("descriptors travel with at least one byte, and there is none")
 
+var errTooManyFiles = fmt.Errorf("%w: the system delivered fewer descriptors than were sent (see RLIMIT_NOFILE)", os.NewSyscallError("recvmsg", unix.EMFILE))
+
 // ReadFiles reads from a Unix connection of any kind into b, and returns the
 // descriptors that came with what it has read, close-on-exec, as files that
 // the caller closes. It blocks like a Read of c, whose deadline and Close end
@@ -45,8 +47,8 @@ func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 			n, oobn, flags, err = recvmsg(int(fd), b, oob)
 		}
 		if err == nil && n == 0 {
-			typ, _ := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE)
-			end = typ == unix.SOCK_STREAM || typ == unix.SOCK_SEQPACKET && atEnd(int(fd))
+			typ := socketTypeOf(int(fd))
+			end = typ == unix.SOCK_STREAM || typ == unix.SOCK_SEQPACKET && atEnd(int(fd), flags)
 		}
 		return err != unix.EAGAIN
 	})
@@ -54,13 +56,16 @@ func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 		return fail(rerr)
 	}
 	if err != nil {
+		if err == unix.EMFILE {
+			return fail(errTooManyFiles)
+		}
 		return fail(os.NewSyscallError("recvmsg", err))
 	}
 	fds, _, err := parseControl(oob[:oobn])
 	switch {
 	case err != nil:
 	case flags&unix.MSG_CTRUNC != 0:
-		err = fmt.Errorf("%w: the system delivered fewer descriptors than were sent (see RLIMIT_NOFILE)", os.NewSyscallError("recvmsg", unix.EMFILE))
+		err = errTooManyFiles
 	case flags&unix.MSG_TRUNC != 0:
 		err = tooLong(len(b))
 	case end && len(fds) == 0:
@@ -77,8 +82,8 @@ func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 }
 
 // WriteFiles writes b to a Unix connection of any kind, and with its first
-// byte copies of the files' descriptors, at most 100. The files stay the
-// caller's. It blocks like a Write of c, whose deadline and Close end it. If
+// byte copies of the files' descriptors, at most 100, and 40 on DragonFly. The
+// files stay the caller's. It blocks like a Write of c, whose deadline and Close end it. If
 // it returns n > 0, the descriptors have been sent. b must not be empty.
 //
 // ETOOMANYREFS means that this user has too many descriptors under way that
@@ -92,7 +97,7 @@ func WriteFiles(c syscall.Conn, b []byte, files ...*os.File) (n int, err error) 
 	}
 	switch {
 	case len(files) > maxBatchFDs:
-		return fail(fmt.Errorf("%d files; a message takes at most %d on every system", len(files), maxBatchFDs))
+		return fail(fmt.Errorf("%d files; a message takes at most %d", len(files), maxBatchFDs))
 	case len(b) == 0:
 		return fail(errNoBytes)
 	}
@@ -108,24 +113,17 @@ func WriteFiles(c syscall.Conn, b []byte, files ...*os.File) (n int, err error) 
 		var err error
 		werr := raw.Write(func(fd uintptr) bool {
 			flags := 0
-			if typ, _ := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE); typ == unix.SOCK_SEQPACKET {
+			if socketTypeOf(int(fd)) == unix.SOCK_SEQPACKET {
 				flags = unix.MSG_EOR
 			}
-			for n < len(b) {
+			for err = nil; err == nil && n < len(b); {
 				var m int
-				m, err = unix.SendmsgN(int(fd), b[n:], oob, nil, flags)
-				switch err {
-				case nil:
+				if m, err = sendmsg(int(fd), b[n:], oob, flags); err == nil {
 					n += m
 					oob = nil
-				case unix.EINTR:
-				case unix.EAGAIN:
-					return false
-				default:
-					return true
 				}
 			}
-			return true
+			return err != unix.EAGAIN
 		})
 		if werr != nil {
 			return werr
