@@ -235,12 +235,31 @@ func (u *Upgrader) Conn(name string) (net.Conn, error) {
 // otherwise, and a connection, can be had as a file, too. The errors are those
 // of ListenWith.
 func (u *Upgrader) File(name string) (*os.File, error) {
-	fd, err := u.take(name, kindFile, kindListener, kindPacket, kindConn)
+	fd, err := u.take(name, fileKinds...)
 	if fd < 0 || err != nil {
 		return nil, err
 	}
 	return os.NewFile(uintptr(fd), name), nil
 }
+
+// FileNames lists the names that begin with prefix and under which File returns
+// something: first what the predecessor has handed on and nobody has asked for
+// yet, then what was added here, both in the order of adding. A name that
+// several files have is listed as often.
+func (u *Upgrader) FileNames(prefix string) []string {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	var names []string
+	for _, e := range append(u.reg.unclaimed(), u.reg.entries...) {
+		if e.name != "" && strings.HasPrefix(e.name, prefix) && e.sock == nil && slices.Contains(fileKinds, e.kind) {
+			names = append(names, e.name)
+		}
+	}
+	return names
+}
+
+// fileKinds are the kinds of what File returns, in the order in which it looks.
+var fileKinds = []string{kindFile, kindListener, kindPacket, kindConn}
 
 // take moves a bare descriptor of one of the kinds out; -1: there is none.
 func (u *Upgrader) take(name string, kinds ...string) (int, error) {

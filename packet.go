@@ -208,7 +208,10 @@ func (c *UDPConn) SetDeadline(t time.Time) error { return c.p.setBothDeadlines(t
 // os.ErrDeadlineExceeded; the zero time is none.
 func (c *UDPConn) SetReadDeadline(t time.Time) error { return c.p.setReadDeadline(t) }
 
-// SyscallConn returns a raw connection whose Read waits like c's.
+// SyscallConn returns a raw connection whose Read waits like c's. A handover
+// waits until the function given to that Read has returned, so that the
+// successor reads nothing before the function has dealt with what it has
+// received. The function must not block, because no process reads meanwhile.
 func (c *UDPConn) SyscallConn() (syscall.RawConn, error) { return packetRaw{c.p.raw, c.p}, nil }
 
 // Close makes reading fail with net.ErrClosed, withdraws the socket from what

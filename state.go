@@ -90,10 +90,7 @@ func writeState(write func(io.Writer) error) (*os.File, *entry, error) {
 	if write == nil {
 		return nil, nil, nil
 	}
-	f, err := stateFile()
-	if errors.Is(err, errors.ErrUnsupported) {
-		f, err = unlinkedFile()
-	}
+	f, err := memoryFile()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -148,6 +145,26 @@ func (w *stateWriter) Write(p []byte) (int, error) {
 	n, err := w.f.Write(p)
 	w.err = err
 	return n, err
+}
+
+// MemoryFile returns an empty file that has no name. On Linux it lives in memory
+// (memfd_create(2)), elsewhere it is an unlinked file in the temporary
+// directory. Handed on by AddFile and mapped with MAP_SHARED, it is memory that
+// generations share. The caller closes it, which ends no mapping.
+func MemoryFile() (*os.File, error) {
+	f, err := memoryFile()
+	if err != nil {
+		return nil, fmt.Errorf("ecdysis: memory file: %w", err)
+	}
+	return f, nil
+}
+
+func memoryFile() (*os.File, error) {
+	f, err := memfd()
+	if errors.Is(err, errors.ErrUnsupported) {
+		f, err = unlinkedFile()
+	}
+	return f, err
 }
 
 func unlinkedFile() (*os.File, error) {

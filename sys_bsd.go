@@ -123,5 +123,5 @@ func (w *watch) close() {
 	}
 }
 
-// stateFile says that there is no memory that could be handed on like a file.
-func stateFile() (*os.File, error) { return nil, errors.ErrUnsupported }
+// memfd says that there is no memory that could be handed on like a file.
+func memfd() (*os.File, error) { return nil, errors.ErrUnsupported }

@@ -134,12 +134,12 @@ func (w *watch) close() {
 	}
 }
 
-// stateFile returns memory that can be handed on like a file (memfd_create(2),
+// memfd returns memory that can be handed on like a file (memfd_create(2),
 // from Linux 3.17 on).
-func stateFile() (*os.File, error) {
+func memfd() (*os.File, error) {
 	fd, err := unix.MemfdCreate("ecdysis", unix.MFD_CLOEXEC)
 	if err != nil {
 		return nil, os.NewSyscallError("memfd_create", err)
 	}
-	return os.NewFile(uintptr(fd), kindState), nil
+	return os.NewFile(uintptr(fd), "memfd"), nil
 }
