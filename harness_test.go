@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
 // The tests run real processes: the test binary again, in a role that the
@@ -41,7 +42,7 @@ const (
 func TestMain(m *testing.M) {
 	switch role := os.Getenv(roleVar); role {
 	case "":
-		os.Exit(m.Run())
+		proctest.Main(m)
 	case "daemon":
 		daemonMain()
 	default:

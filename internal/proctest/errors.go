@@ -1,0 +1,175 @@
+package proctest
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/ecdysis-go/ecdysis"
+)
+
+// known are the errors that keep their identity on the way from a daemon to
+// its test. Both are the same program, so that an index names one.
+var known = []error{
+	ecdysis.ErrNotReady, ecdysis.ErrInProgress, ecdysis.ErrUpgraded, ecdysis.ErrStopped,
+	ecdysis.ErrDraining, ecdysis.ErrInit, ecdysis.ErrAborted,
+	os.ErrDeadlineExceeded, os.ErrNotExist, os.ErrPermission, os.ErrClosed, os.ErrExist,
+	net.ErrClosed, io.EOF, io.ErrUnexpectedEOF, errors.ErrUnsupported,
+	context.DeadlineExceeded, context.Canceled,
+}
+
+// KnownError lets errors.Is find err in the errors that daemons return. It is
+// for init functions and package variables.
+func KnownError(err error) error {
+	known = append(known, err)
+	return err
+}
+
+// A wireError is an error on its way.
+type wireError struct {
+	Text    string
+	Known   []int
+	Errno   []syscall.Errno
+	Upgrade *wireUpgrade // of an UpgradeError
+}
+
+type wireUpgrade struct {
+	Step string
+	PID  int
+	How  string
+	Err  *wireError
+}
+
+func toWire(err error) *wireError {
+	if err == nil {
+		return nil
+	}
+	w := &wireError{Text: err.Error()}
+	for i, k := range known {
+		if errors.Is(err, k) {
+			w.Known = append(w.Known, i)
+		}
+	}
+	walk(err, func(e error) {
+		if n, ok := e.(syscall.Errno); ok {
+			w.Errno = append(w.Errno, n)
+		}
+	})
+	var ue *ecdysis.UpgradeError
+	if errors.As(err, &ue) {
+		w.Upgrade = &wireUpgrade{Step: string(ue.Step), PID: ue.PID, Err: toWire(ue.Err)}
+		if ue.State != nil {
+			w.Upgrade.How = ue.State.String()
+		}
+	}
+	return w
+}
+
+// walk calls f with each error of the tree.
+func walk(err error, f func(error)) {
+	f(err)
+	switch e := err.(type) {
+	case interface{ Unwrap() error }:
+		if u := e.Unwrap(); u != nil {
+			walk(u, f)
+		}
+	case interface{ Unwrap() []error }:
+		for _, u := range e.Unwrap() {
+			walk(u, f)
+		}
+	}
+}
+
+func (w *wireError) error() error {
+	if w == nil {
+		return nil
+	}
+	e := &remoteError{text: w.Text}
+	for _, i := range w.Known {
+		e.is = append(e.is, known[i])
+	}
+	for _, n := range w.Errno {
+		e.is = append(e.is, n)
+	}
+	if u := w.Upgrade; u != nil {
+		e.how = u.How
+		ue := &ecdysis.UpgradeError{PID: u.PID, Err: u.Err.error()}
+		setString(&ue.Step, u.Step)
+		e.is = append(e.is, ue)
+	}
+	return e
+}
+
+func setString[T ~string](p *T, s string) { *p = T(s) }
+
+// A remoteError is an error that a daemon has returned.
+type remoteError struct {
+	text string
+	how  string
+	is   []error
+}
+
+func (e *remoteError) Error() string   { return e.text }
+func (e *remoteError) Unwrap() []error { return e.is }
+
+// How returns how the successor of a failed upgrade ended, as
+// os.ProcessState.String says it, or "" if the UpgradeError had no State.
+func How(err error) string {
+	var e *remoteError
+	if errors.As(err, &e) {
+		return e.how
+	}
+	return ""
+}
+
+// A Failure is the error of a failed upgrade. Its text is the one that the
+// daemon's own error has.
+type Failure struct {
+	Step string
+	PID  int
+	How  string // see How
+	Err  error  // wraps an *ecdysis.UpgradeError, if Step is not empty
+}
+
+func (f *Failure) Error() string { return f.Err.Error() }
+func (f *Failure) Unwrap() error { return f.Err }
+
+// WantFailure fails the test unless err is that of an upgrade that failed at
+// this step, and is target in the sense of errors.Is. An empty step is that of
+// an upgrade that was refused, so that there is no UpgradeError. A nil target
+// is not looked at.
+func WantFailure(t testing.TB, err error, step string, target error) *Failure {
+	t.Helper()
+	if err == nil {
+		t.Fatalf("no error; want one at step %q that is %v", step, target)
+	}
+	f := &Failure{Err: err, How: How(err)}
+	var ue *ecdysis.UpgradeError
+	if errors.As(err, &ue) {
+		f.Step, f.PID = string(ue.Step), ue.PID
+	}
+	if f.Step != step || target != nil && !errors.Is(err, target) {
+		t.Fatalf("error at step %q: %v; want one at step %q that is %v", f.Step, err, step, target)
+	}
+	return f
+}
+
+// Want fails the test unless err is target in the sense of errors.Is, and its
+// text has all of says in it. A nil target is not looked at.
+func Want(t testing.TB, err, target error, says ...string) {
+	t.Helper()
+	if err == nil || target != nil && !errors.Is(err, target) {
+		t.Errorf("error %v; want one that is %v and says %q", err, target, says)
+		return
+	}
+	for _, s := range says {
+		if !strings.Contains(err.Error(), s) {
+			t.Errorf("error %.300q; want that it says %.300q", err, s)
+		}
+	}
+}

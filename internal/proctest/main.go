@@ -1,0 +1,82 @@
+package proctest
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"testing"
+	"time"
+)
+
+// The environment tells a test binary which role it has and where the test
+// listens.
+const (
+	roleVar = "ECDYSIS_PROCTEST_ROLE"
+	hubVar  = "ECDYSIS_PROCTEST_HUB"
+)
+
+// Patience is how long a test waits for what must happen.
+const Patience = 30 * time.Second
+
+// Main is what TestMain calls. It runs the tests, or the role that the
+// environment names, and exits.
+func Main(m *testing.M) {
+	name := os.Getenv(roleVar)
+	if name == "" {
+		// With the race detector a process takes a second to exit, which is
+		// longer than a predecessor waits to learn how its successor ended.
+		if _, ok := os.LookupEnv("GORACE"); !ok {
+			os.Setenv("GORACE", "atexit_sleep_ms=0")
+		}
+		os.Exit(m.Run())
+	}
+	f, ok := roles[name]
+	if !ok {
+		fmt.Fprintf(os.Stderr, "proctest: no role %q\n", name)
+		os.Exit(2)
+	}
+	f()
+	os.Exit(0)
+}
+
+var roles = make(map[string]func())
+
+// A Role is what a process of the test binary can be.
+type Role struct{ name string }
+
+// DefineRole returns a role whose processes run f and exit with status 0 when
+// it returns. It is for package variables, because a process must know all
+// roles before Main runs.
+func DefineRole(name string, f func()) Role {
+	if _, ok := roles[name]; ok {
+		panic("proctest: two roles are called " + name)
+	}
+	roles[name] = f
+	return Role{name}
+}
+
+// Env is the variable, as in os.Environ, by which a process has this role.
+func (r Role) Env() string { return roleVar + "=" + r.name }
+
+// Command returns the command that runs r. The role finds args in Args.
+func (r Role) Command(args ...string) *exec.Cmd {
+	cmd := exec.Command(self(), append([]string{noTests}, args...)...)
+	cmd.Env = append(os.Environ(), r.Env())
+	return cmd
+}
+
+// Args are the arguments that a Role's Command was given.
+func Args() []string { return os.Args[2:] }
+
+// noTests is the first argument of each process, so that one which has lost
+// its environment runs no test.
+const noTests = "-test.run=^$"
+
+// self is the path of the test binary.
+func self() string {
+	path, err := os.Executable()
+	if err != nil {
+		panic(err)
+	}
+	return path
+}

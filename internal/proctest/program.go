@@ -1,0 +1,166 @@
+package proctest
+
+import (
+	"bufio"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// A Program is a command and all that it starts, such as its successors. They
+// share one standard error, whose lines tell the test what they do.
+type Program struct {
+	T   testing.TB
+	Cmd *exec.Cmd
+
+	pipe  *os.File    // the test's copy of the end that they write to
+	lines chan string // closed when all have closed their standard error
+	mu    sync.Mutex
+	said  []string
+	once  sync.Once
+	state *os.ProcessState
+}
+
+// Run starts cmd in a process group of its own. What is left of the group is
+// killed at the end of the test.
+func Run(t testing.TB, cmd *exec.Cmd) *Program {
+	t.Helper()
+	p := Open(t, cmd)
+	p.CloseStderr()
+	return p
+}
+
+// Open is Run for a test that lets further processes write to Stderr. It must
+// call CloseStderr after it has started them.
+func Open(t testing.TB, cmd *exec.Cmd) *Program {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &Program{T: t, Cmd: cmd, pipe: w, lines: make(chan string, 10000)}
+	cmd.Stderr = w
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = new(syscall.SysProcAttr)
+	}
+	cmd.SysProcAttr.Setpgid = true
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer close(p.lines)
+		defer r.Close()
+		for s := bufio.NewScanner(r); s.Scan(); {
+			p.mu.Lock()
+			p.said = append(p.said, s.Text())
+			p.mu.Unlock()
+			p.lines <- s.Text()
+		}
+	}()
+	t.Cleanup(func() {
+		w.Close()
+		defer func() {
+			p.wait()
+			if t.Failed() {
+				t.Logf("what %s wrote to standard error:\n%s", cmd.Path, strings.Join(p.Said(), "\n"))
+			}
+		}()
+		for {
+			select {
+			case _, ok := <-p.lines:
+				if !ok {
+					return
+				}
+			default: // one lives, so that the group's number is not free
+				_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+				for range p.lines {
+				}
+				return
+			}
+		}
+	})
+	return p
+}
+
+// Stderr is what a further process of an Open program gets as its standard
+// error.
+func (p *Program) Stderr() *os.File { return p.pipe }
+
+// CloseStderr closes the test's copy of Stderr.
+func (p *Program) CloseStderr() { p.pipe.Close() }
+
+// Await returns the next line that matches, and what it has in its
+// parentheses, as regexp.FindStringSubmatch does. Lines before it are lost.
+func (p *Program) Await(pattern string) []string {
+	p.T.Helper()
+	re := regexp.MustCompile(pattern)
+	limit := time.After(Patience)
+	for {
+		select {
+		case line, ok := <-p.lines:
+			if m := re.FindStringSubmatch(line); m != nil {
+				return m
+			}
+			if !ok {
+				p.T.Fatalf("all processes have ended without a line %q", pattern)
+			}
+		case <-limit:
+			p.T.Fatalf("no line %q", pattern)
+		}
+	}
+}
+
+// Ready returns the process of this generation, when it has logged an
+// EventReady.
+func (p *Program) Ready(generation int) *os.Process {
+	p.T.Helper()
+	pid, err := strconv.Atoi(p.Await(`ready: pid=(\d+) generation=` + strconv.Itoa(generation) + `\b`)[1])
+	if err != nil {
+		p.T.Fatal(err)
+	}
+	process, err := os.FindProcess(pid)
+	if err != nil {
+		p.T.Fatal(err)
+	}
+	return process
+}
+
+// Said returns all lines so far.
+func (p *Program) Said() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.said)
+}
+
+// End returns when all processes have ended, and returns how the first one
+// did.
+func (p *Program) End() *os.ProcessState {
+	p.T.Helper()
+	limit := time.After(2 * Patience)
+	for {
+		select {
+		case _, ok := <-p.lines:
+			if ok {
+				continue
+			}
+			return p.wait()
+		case <-limit:
+			p.T.Fatal("processes are left")
+		}
+	}
+}
+
+func (p *Program) wait() *os.ProcessState {
+	p.once.Do(func() {
+		_ = p.Cmd.Wait()
+		p.state = p.Cmd.ProcessState
+	})
+	return p.state
+}
