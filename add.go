@@ -3,6 +3,7 @@ package ecdysis
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"slices"
@@ -12,24 +13,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxName is how long a name can be that something is handed on under.
+// Handing on what the program brings: connections, files and sockets made
+// elsewhere, and a pair of sockets between two generations. Taking them out
+// again by name.
+
+// maxName is the length of the longest name that something can be added under.
 const maxName = 1024
 
 // AddConn makes a copy of a connection that every successor gets until this
-// process is replaced or stopped: there [Upgrader.Conn] returns it, with all
-// that is unread in the system's buffer. c stays the caller's, who closes it:
-// at once or, to have it back if the upgrade fails, when Upgrade has returned.
-// While a successor may be starting nobody here should read from c: both have
-// the same connection. The peer sees a close when neither process has a copy.
-// To take the copy back, for a connection that has ended, call Conn here.
+// process is replaced or stopped. There [Upgrader.Conn] returns it, with all
+// that is unread in the system's buffer. The caller closes c: at once, or when
+// Upgrade has returned, to have it back if the upgrade fails. Nothing here
+// should read from c while a successor may be starting, because both processes
+// have the same connection. The peer sees a close when neither process has a
+// copy. Conn takes the copy back, when the connection has ended.
 //
 // A connection moves if it is a socket of TCP, UDP or Unix, a [SeqpacketConn]
 // and a [UDPConn] among them. What the program has read and keeps in memory
-// does not move, so neither does a TLS connection, whose keys and unfinished
-// records are memory: it is an error. Several connections may have one name.
+// does not move. So a TLS connection is refused with an error, because its keys
+// and unfinished records are in memory. Several connections may have one name.
 //
-// The errors are those of ListenWith; one from the system wraps an
-// *os.SyscallError, and a closed c is net.ErrClosed.
+// The errors are those of ListenWith. One from the system wraps an
+// *os.SyscallError, and that for a closed c is net.ErrClosed.
 func (u *Upgrader) AddConn(name string, c net.Conn) error {
 	sc, ok := c.(syscall.Conn)
 	if !ok {
@@ -39,21 +44,21 @@ func (u *Upgrader) AddConn(name string, c net.Conn) error {
 }
 
 // AddFile makes a copy of a file that every successor gets until this process
-// is replaced or stopped: there [Upgrader.File] returns it. f stays the
-// caller's, who closes it when the upgrade has succeeded or before. Pipes,
-// devices, directories and memfds move, with the file's offset and, as long
-// as nobody unlocks it, with its lock: flock(2)'s, not that of fcntl(2), which
-// belongs to a process. Several files may have one name.
+// is replaced or stopped. There [Upgrader.File] returns it. The caller closes
+// f, at the latest when the upgrade has succeeded. Pipes, devices, directories
+// and memfds move. A file keeps its offset, and its lock as long as nobody
+// unlocks it. This is the lock of flock(2): that of fcntl(2) belongs to a
+// process. Several files may have one name.
 //
-// It is also the way in for sockets made elsewhere. A socket that listens, or
+// It also brings in sockets that were made elsewhere. A socket that listens, or
 // that is bound for packets, is found in this process and in its successors
 // by [Upgrader.Listener] or [Upgrader.PacketConn] under that name, and by
-// Listen or ListenPacket under its address, and is then like one that they
-// have made, save that the package does not remove its file. Nothing may
+// Listen or ListenPacket under its address. It is then like one that they
+// have made, except that the package does not remove its file. Nothing may
 // accept or read on f then.
 //
-// The errors are those of ListenWith; one from the system wraps an
-// *os.SyscallError, and a closed f is os.ErrClosed.
+// The errors are those of ListenWith. One from the system wraps an
+// *os.SyscallError, and that for a closed f is os.ErrClosed.
 func (u *Upgrader) AddFile(name string, f *os.File) error {
 	return u.addCopy("file", kindFile, name, f)
 }
@@ -67,34 +72,36 @@ func (u *Upgrader) addCopy(what, kind, name string, c syscall.Conn) error {
 	if err != nil {
 		return fail(err)
 	}
-	e := &entry{kind: kind, name: name, fd: -1}
-	if cerr := raw.Control(func(fd uintptr) { e.fd, err = duplicate(int(fd)) }); cerr != nil {
+	e := &entry{wire: wire{kind: kind, name: name}}
+	var fd int
+	if cerr := raw.Control(func(from uintptr) { fd, err = duplicate(int(from)) }); cerr != nil {
 		return fail(closedError(c, cerr))
 	}
 	if err != nil {
 		return fail(err)
 	}
+	e.raw = rawFD(fd)
 	if kind == kindFile {
-		e.recognize()
-	} else if err := checkConn(e.fd); err != nil {
-		e.drop()
+		e.recognize(fd)
+	} else if err := checkConn(fd); err != nil {
+		e.closeBare()
 		return fail(fmt.Errorf("a %T: %w", c, err))
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if err := u.mayAdd(); err != nil {
-		e.drop()
+	if err := u.life.mayAdd(); err != nil {
+		e.closeBare()
 		return err
 	}
 	u.reg.entries = append(u.reg.entries, e)
-	if e.kind == kindListener || e.kind == kindPacket {
+	if e.isSocket() {
 		u.reg.adopted = append(u.reg.adopted, e)
 	}
 	return nil
 }
 
-// closedError returns the error of a Control that has failed: there is one
-// reason for that, which os does not give its name here.
+// closedError returns the error of a Control that has failed, for which os has
+// no better name: the file is closed.
 func closedError(c syscall.Conn, err error) error {
 	if _, ok := c.(*os.File); ok {
 		return os.ErrClosed
@@ -105,7 +112,7 @@ func closedError(c syscall.Conn, err error) error {
 func checkName(name string) error {
 	switch {
 	case name == "":
-		return errors.New("the name is empty; want one that the successor asks by")
+		return errors.New("the name is empty; want one by which the successor asks for it")
 	case len(name) > maxName:
 		return fmt.Errorf("the name has %d bytes; there can be %d", len(name), maxName)
 	}
@@ -121,7 +128,7 @@ func duplicate(fd int) (int, error) {
 	}
 }
 
-// checkConn reports, as an error, why net cannot make a connection of fd.
+// checkConn returns an error that says why net cannot make a connection of fd.
 func checkConn(fd int) error {
 	typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
 	if err != nil {
@@ -134,22 +141,22 @@ func checkConn(fd int) error {
 	return nil
 }
 
-// recognize makes e, a bare descriptor, a listener or a socket for packets if
-// it is one that clients find by its address.
-func (e *entry) recognize() {
-	typ, err := unix.GetsockoptInt(e.fd, unix.SOL_SOCKET, unix.SO_TYPE)
+// recognize makes w a listener or a socket for packets if fd is one that clients
+// find by its address.
+func (w *wire) recognize(fd int) {
+	typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
 	if err != nil {
 		return
 	}
-	sa, at, err := boundTo(e.fd, typ)
-	if err != nil || at == "" {
+	sa, key, err := boundTo(fd, typ)
+	if err != nil || key == "" {
 		return
 	}
-	_, perr := unix.Getpeername(e.fd)
+	_, perr := unix.Getpeername(fd)
 	kind := kindPacket
 	if typ != unix.SOCK_DGRAM {
 		kind = kindListener
-		if yes, err := isListening(e.fd); err == nil && !yes {
+		if yes, err := isListening(fd); err == nil && !yes {
 			return
 		}
 	}
@@ -162,12 +169,12 @@ func (e *entry) recognize() {
 			return
 		}
 		if !isAbstract(sa.Name) {
-			if e.path, err = absolute(sa.Name); err != nil {
+			if w.path, err = absolute(sa.Name); err != nil {
 				return
 			}
 			var st unix.Stat_t
-			if unix.Stat(e.path, &st) == nil {
-				e.dev, e.ino = uint64(st.Dev), uint64(st.Ino)
+			if unix.Stat(w.path, &st) == nil {
+				w.dev, w.ino = uint64(st.Dev), uint64(st.Ino)
 			}
 		}
 	case *unix.SockaddrInet4:
@@ -179,46 +186,60 @@ func (e *entry) recognize() {
 			return
 		}
 	}
-	e.kind, e.at, e.foreign = kind, at, true
-	e.network, e.address, _ = strings.Cut(at, " ")
+	w.kind, w.boundKey, w.foreign = kind, key, true
+	w.network, w.address, _ = strings.Cut(key, " ")
 }
 
 // Listener returns the listening socket that was added under this name, by
-// AddFile in this process or in an older one, as Listen would return it; nil:
-// there is none. Of several with one name each call returns the next. The
-// errors are those of ListenWith.
+// AddFile in this process or in an older one, as Listen would return it. Of
+// several with one name each call returns the next. If there is none, the error
+// wraps fs.ErrNotExist. The other errors are those of ListenWith.
 func (u *Upgrader) Listener(name string) (net.Listener, error) {
-	s, err := u.claim(askedAddr{}, func(r *registry) *entry { return r.claimName(kindListener, name) })
-	if s == nil || err != nil {
+	s, err := u.claimName(kindListener, name)
+	if err != nil {
 		return nil, err
 	}
 	return s.(*listener).public(), nil
 }
 
 // PacketConn returns the socket for packets that was added under this name, by
-// AddFile in this process or in an older one, as ListenPacket would return
-// it; nil: there is none. Of several with one name each call returns the next.
-// The errors are those of ListenWith.
+// AddFile in this process or in an older one, as ListenPacket would return it.
+// Of several with one name each call returns the next. If there is none, the
+// error wraps fs.ErrNotExist. The other errors are those of ListenWith.
 func (u *Upgrader) PacketConn(name string) (net.PacketConn, error) {
-	s, err := u.claim(askedAddr{}, func(r *registry) *entry { return r.claimName(kindPacket, name) })
-	if s == nil || err != nil {
+	s, err := u.claimName(kindPacket, name)
+	if err != nil {
 		return nil, err
 	}
 	return s.(*packetConn).public(), nil
 }
 
-// Conn returns the connection that was added under this name, by the older
-// process or in this one; nil: there is none. It moves out: the package keeps
-// no copy, the caller closes it, and to hand it on it is added again. Of
-// several with one name each call returns the next. The older process may
-// still have it until Ready has returned.
+func (u *Upgrader) claimName(kind, name string) (pausable, error) {
+	s, err := u.claim(askedAddr{}, func(r *registry) *entry { return r.findName(kind, name) })
+	if s == nil && err == nil {
+		err = noneNamed(kind, name)
+	}
+	return s, err
+}
+
+// noneNamed is the error of a call that finds nothing by a name.
+func noneNamed(what, name string) error {
+	return fmt.Errorf("ecdysis: no %s is called %q: %w", what, name, fs.ErrNotExist)
+}
+
+// Conn returns the connection that was added under this name, by the
+// predecessor or in this process. It moves out: the package keeps no copy, the
+// caller closes it, and it is added again to be handed on again. Of several
+// with one name each call returns the next. The predecessor may still have it
+// until Ready has returned.
 //
 // A connection of TCP is a *net.TCPConn, for which net sets its own defaults
-// of keep-alive and no-delay; others are a *net.UDPConn, a *net.UnixConn or a
-// *SeqpacketConn. The errors are those of ListenWith.
+// of keep-alive and no-delay. Others are a *net.UDPConn, a *net.UnixConn or a
+// *SeqpacketConn. If there is none, the error wraps fs.ErrNotExist. The other
+// errors are those of ListenWith.
 func (u *Upgrader) Conn(name string) (net.Conn, error) {
 	fd, err := u.take(name, kindConn)
-	if fd < 0 || err != nil {
+	if err != nil {
 		return nil, err
 	}
 	c, err := fileConn(fd)
@@ -228,22 +249,22 @@ func (u *Upgrader) Conn(name string) (net.Conn, error) {
 	return c, nil
 }
 
-// File returns the file that was added under this name, by the older process
-// or in this one; nil: there is none. It moves out: the package keeps no copy,
-// the caller closes it, and to hand it on it is added again. Of several with
-// one name each call returns the next. A socket that nobody has asked for
-// otherwise, and a connection, can be had as a file, too. The errors are those
-// of ListenWith.
+// File returns the file that was added under this name, by the predecessor or
+// in this process. It moves out: the package keeps no copy, the caller closes
+// it, and it is added again to be handed on again. Of several with one name
+// each call returns the next. File also returns a connection, and a socket
+// that no other call has asked for. If there is none, the error wraps
+// fs.ErrNotExist. The other errors are those of ListenWith.
 func (u *Upgrader) File(name string) (*os.File, error) {
 	fd, err := u.take(name, fileKinds...)
-	if fd < 0 || err != nil {
+	if err != nil {
 		return nil, err
 	}
 	return os.NewFile(uintptr(fd), name), nil
 }
 
 // FileNames lists the names that begin with prefix and under which File returns
-// something: first what the predecessor has handed on and nobody has asked for
+// something: first what the predecessor has handed on and no call has asked for
 // yet, then what was added here, both in the order of adding. A name that
 // several files have is listed as often.
 func (u *Upgrader) FileNames(prefix string) []string {
@@ -261,28 +282,19 @@ func (u *Upgrader) FileNames(prefix string) []string {
 // fileKinds are the kinds of what File returns, in the order in which it looks.
 var fileKinds = []string{kindFile, kindListener, kindPacket, kindConn}
 
-// take moves a bare descriptor of one of the kinds out; -1: there is none.
+// take moves the first bare descriptor of one of the kinds out.
 func (u *Upgrader) take(name string, kinds ...string) (int, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if err := u.mayAdd(); err != nil {
+	if err := u.life.mayAdd(); err != nil {
 		return -1, err
 	}
 	for _, kind := range kinds {
-		e := claimFirst(u.reg.names, nameKey(kind, name))
-		if e == nil {
-			i := slices.IndexFunc(u.reg.entries, func(e *entry) bool { return e.kind == kind && e.name == name && e.sock == nil })
-			if i < 0 {
-				continue
-			}
-			e = u.reg.entries[i]
-			u.reg.remove(e)
+		if e := u.reg.takeBare(kind, name); e != nil {
+			return e.moveOut(), nil
 		}
-		fd := e.fd
-		e.fd = -1
-		return fd, nil
 	}
-	return -1, nil
+	return -1, noneNamed(kinds[0], name)
 }
 
 // fileConn takes fd into net's hands, or closes it.
@@ -303,19 +315,21 @@ func fileConn(fd int) (net.Conn, error) {
 }
 
 // DatagramPair returns two ends of Unix datagram sockets, by which a process
-// talks with the one before it and with the one after it: toParent leads to
-// what the older process has got as toChild; nil: there is none, because this
-// is the first process, or the older one did not call DatagramPair with this
-// name. The caller closes both.
+// exchanges messages with its predecessor and with its successor: toParent leads
+// to the socket that the predecessor has got as toChild. The caller closes both.
 //
-// Call it before Ready, once for each name; a second call is an error. The
-// successor's end waits in this process until there is one that takes it:
-// after a failed upgrade the next successor gets the same, and what the failed
-// one has sent is still there to be read. A datagram socket does not see the
-// end of the other process: for that there is [Upgrader.WaitForParent].
+// If the predecessor did not call DatagramPair with this name, or this is the
+// first process, toParent is nil and the error wraps fs.ErrNotExist. toChild is
+// there all the same.
 //
-// The errors are those of ListenWith; one from the system wraps an
-// *os.SyscallError.
+// Call it before Ready, once for each name. A second call is an error. The
+// successor's end waits in this process until a successor takes it: after a
+// failed upgrade the next successor gets the same, and what the failed one has
+// sent can still be read. A datagram socket does not see the end of the other
+// process; [Upgrader.WaitForParent] does.
+//
+// The other errors are those of ListenWith. One from the system wraps an
+// *os.SyscallError. toChild is then nil.
 func (u *Upgrader) DatagramPair(name string) (toParent, toChild *net.UnixConn, err error) {
 	fail := func(err error) (*net.UnixConn, *net.UnixConn, error) {
 		return nil, nil, fmt.Errorf("ecdysis: datagram pair %q: %w", name, err)
@@ -325,7 +339,7 @@ func (u *Upgrader) DatagramPair(name string) (toParent, toChild *net.UnixConn, e
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if err := u.mayAdd(); err != nil {
+	if err := u.life.mayAdd(); err != nil {
 		return nil, nil, err
 	}
 	if slices.ContainsFunc(u.reg.entries, func(e *entry) bool { return e.kind == kindPair && e.name == name }) {
@@ -339,16 +353,18 @@ func (u *Upgrader) DatagramPair(name string) (toParent, toChild *net.UnixConn, e
 		unix.Close(fds[1])
 		return fail(err)
 	}
-	if e := claimFirst(u.reg.names, nameKey(kindPair, name)); e != nil {
-		fd := e.fd
-		e.fd = -1
-		if toParent, err = datagramEnd(fd); err != nil {
+	e := u.reg.findName(kindPair, name)
+	if e != nil {
+		if toParent, err = datagramEnd(e.moveOut()); err != nil {
 			toChild.Close()
 			unix.Close(fds[1])
 			return fail(err)
 		}
 	}
-	u.reg.entries = append(u.reg.entries, &entry{kind: kindPair, name: name, fd: fds[1]})
+	u.reg.entries = append(u.reg.entries, &entry{wire: wire{kind: kindPair, name: name}, raw: rawFD(fds[1])})
+	if e == nil {
+		return nil, toChild, noneNamed("datagram pair of the predecessor", name)
+	}
 	return toParent, toChild, nil
 }
 

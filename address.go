@@ -12,7 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// socketType returns the type of a network's sockets; 0: there is no such
+// What an address means: the network's sockets, where they are to be bound, and
+// which two addresses are the same one.
+
+// socketType returns the type of a network's sockets, or 0 if there is no such
 // network.
 func socketType(network string) (typ int, isUnix bool) {
 	switch network {
@@ -37,86 +40,89 @@ func (a askedAddr) Network() string { return a.network }
 
 func (a askedAddr) String() string { return a.address }
 
-// isAbstract tells a Linux name without a file from a path.
+// isAbstract reports whether address is a name without a file, which Linux has.
 func isAbstract(address string) bool {
 	return runtime.GOOS == "linux" && address != "" && (address[0] == '@' || address[0] == 0)
 }
 
-// A place is where a socket is to be bound.
-type place struct {
+// A bindAddr is an address that a socket can be bound to.
+type bindAddr struct {
 	network string
 	typ     int
 	addr    net.Addr // *net.TCPAddr, *net.UDPAddr or *net.UnixAddr
 	sa      unix.Sockaddr
 	family  int
 	v6only  bool
-	path    string // absolute, of a Unix socket's file
+	path    string // absolute path of a Unix socket's file; empty if it has none
 }
 
-// resolve finds the place that an address stands for, as net.Listen would.
-func resolve(network, address string) (*place, error) {
+// resolve returns what net.Listen would bind to.
+func resolve(network, address string) (*bindAddr, error) {
 	typ, isUnix := socketType(network)
+	a := &bindAddr{network: network, typ: typ, family: unix.AF_UNIX}
 	if isUnix {
-		if address[0] == 0 && isAbstract(address) {
-			address = "@" + address[1:]
-		}
-		p := &place{network: network, typ: typ, addr: &net.UnixAddr{Net: network, Name: address}, family: unix.AF_UNIX, sa: &unix.SockaddrUnix{Name: address}}
-		if isAbstract(address) {
-			return p, nil
-		}
-		path, err := absolute(address)
-		if err != nil {
-			return nil, err
-		}
-		p.path = path
-		return p, nil
+		return a, a.resolvePath(address)
 	}
-	p := &place{network: network, typ: typ, family: unix.AF_INET}
-	var ip net.IP
-	var port int
-	var zone string
-	var err error
-	if typ == unix.SOCK_DGRAM {
-		var a *net.UDPAddr
-		if a, err = net.ResolveUDPAddr(network, address); err == nil {
-			p.addr, ip, port, zone = a, a.IP, a.Port, a.Zone
-		}
-	} else {
-		var a *net.TCPAddr
-		if a, err = net.ResolveTCPAddr(network, address); err == nil {
-			p.addr, ip, port, zone = a, a.IP, a.Port, a.Zone
-		}
-	}
-	if err != nil {
+	if err := a.resolveIP(address); err != nil {
 		if _, _, serr := net.SplitHostPort(address); serr != nil {
 			err = fmt.Errorf("%w (want host:port, as in :80, 127.0.0.1:80 or [::1]:80)", err)
 		}
 		return nil, err
 	}
-	only4, only6 := network[len(network)-1] == '4', network[len(network)-1] == '6'
+	return a, nil
+}
+
+func (a *bindAddr) resolvePath(address string) (err error) {
+	abstract := isAbstract(address)
+	if abstract {
+		address = "@" + address[1:]
+	}
+	a.addr, a.sa = &net.UnixAddr{Net: a.network, Name: address}, &unix.SockaddrUnix{Name: address}
+	if !abstract {
+		a.path, err = absolute(address)
+	}
+	return err
+}
+
+func (a *bindAddr) resolveIP(address string) error {
+	var ip net.IP
+	var port int
+	var zone string
+	if a.typ == unix.SOCK_DGRAM {
+		u, err := net.ResolveUDPAddr(a.network, address)
+		if err != nil {
+			return err
+		}
+		a.addr, ip, port, zone = u, u.IP, u.Port, u.Zone
+	} else {
+		t, err := net.ResolveTCPAddr(a.network, address)
+		if err != nil {
+			return err
+		}
+		a.addr, ip, port, zone = t, t.IP, t.Port, t.Zone
+	}
+	only4 := a.network[len(a.network)-1] == '4'
+	only6 := a.network[len(a.network)-1] == '6'
 	ip4 := ip.To4()
 	wildcard := ip == nil || ip.IsUnspecified()
-	if only6 || ip != nil && ip4 == nil || !only4 && wildcard && dualStack && haveIPv6() {
-		p.family = unix.AF_INET6
+	if !only6 && (ip == nil || ip4 != nil) && (only4 || !wildcard || !dualStack || !haveIPv6()) {
+		sa := &unix.SockaddrInet4{Port: port}
+		copy(sa.Addr[:], ip4)
+		a.family, a.sa = unix.AF_INET, sa
+		return nil
 	}
-	if p.family == unix.AF_INET6 {
-		p.v6only = only6 || !dualStack
-		sa := &unix.SockaddrInet6{Port: port}
-		if !wildcard {
-			copy(sa.Addr[:], ip.To16())
-		}
-		if zone != "" {
-			if sa.ZoneId, err = zoneID(zone); err != nil {
-				return nil, err
-			}
-		}
-		p.sa = sa
-		return p, nil
+	sa := &unix.SockaddrInet6{Port: port}
+	if !wildcard {
+		copy(sa.Addr[:], ip.To16())
 	}
-	sa := &unix.SockaddrInet4{Port: port}
-	copy(sa.Addr[:], ip4)
-	p.sa = sa
-	return p, nil
+	if zone != "" {
+		var err error
+		if sa.ZoneId, err = zoneID(zone); err != nil {
+			return err
+		}
+	}
+	a.family, a.sa, a.v6only = unix.AF_INET6, sa, only6 || !dualStack
+	return nil
 }
 
 // haveIPv6 reports whether the system has IPv6 at all.
@@ -139,16 +145,16 @@ func zoneID(zone string) (uint32, error) {
 	return uint32(n), nil
 }
 
-// key is equal for two places if a socket bound to one serves the other.
-func (p *place) key() string {
-	if p.path != "" {
-		return p.network + " " + p.path
+// key is equal for two addresses if a socket bound to one serves the other.
+func (a *bindAddr) key() string {
+	if a.path != "" {
+		return a.network + " " + a.path
 	}
-	return boundKey(p.typ, p.sa, p.v6only)
+	return boundKey(a.typ, a.sa, a.v6only)
 }
 
-// boundKey returns the key of a bound address: equal for two sockets of this
-// type if each serves the clients of the other.
+// boundKey returns the key of a bound address. It is equal for two sockets of
+// this type if each serves the clients of the other.
 func boundKey(typ int, sa unix.Sockaddr, v6only bool) string {
 	network := networkOf(typ, sa)
 	switch sa := sa.(type) {
@@ -169,8 +175,8 @@ func boundKey(typ int, sa unix.Sockaddr, v6only bool) string {
 	return ""
 }
 
-// networkOf returns what net calls the sockets of a type and address family;
-// "": it has no name for them.
+// networkOf returns what net calls the sockets of a type and address family, or
+// "" if it has no name for them.
 func networkOf(typ int, sa unix.Sockaddr) string {
 	_, isUnix := sa.(*unix.SockaddrUnix)
 	for _, network := range []string{"tcp", "udp", "unix", "unixpacket", "unixgram"} {
@@ -181,9 +187,9 @@ func networkOf(typ int, sa unix.Sockaddr) string {
 	return ""
 }
 
-// boundTo returns where a socket is bound; "": somewhere that net has no name
-// for.
-func boundTo(fd, typ int) (sa unix.Sockaddr, at string, err error) {
+// boundTo returns the address that a socket is bound to, and its key. The key
+// is empty if net has no name for the socket.
+func boundTo(fd, typ int) (sa unix.Sockaddr, key string, err error) {
 	if sa, err = unix.Getsockname(fd); err != nil {
 		return nil, "", os.NewSyscallError("getsockname", err)
 	}

@@ -10,42 +10,45 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// open makes a socket at p, not yet in net's hands.
-func (p *place) open(kind string, lc ListenConfig) (*entry, error) {
-	fd, err := newSocket(p.family, p.typ)
+// Making a new socket: options, binding, stale files, and the lock of a
+// directory.
+
+// open makes a socket at a, which is not yet in net's hands.
+func (a *bindAddr) open(kind string, lc ListenConfig) (*entry, error) {
+	fd, err := newSocket(a.family, a.typ)
 	if errors.Is(err, unix.EPROTONOSUPPORT) {
 		err = fmt.Errorf("%w: %w", err, errors.ErrUnsupported)
 	}
 	if err != nil {
 		return nil, err
 	}
-	e := &entry{kind: kind, fd: fd, keep: lc.KeepOnStop}
-	if err := p.bind(fd, lc, e); err != nil {
+	e := &entry{wire: wire{kind: kind, keep: lc.KeepOnStop}, raw: rawFD(fd)}
+	if err := a.bind(fd, lc, e); err != nil {
 		unix.Close(fd)
 		return nil, err
 	}
 	sa, err := unix.Getsockname(fd)
 	if err != nil {
 		e.removeFile()
-		e.drop()
+		e.closeBare()
 		return nil, os.NewSyscallError("getsockname", err)
 	}
-	e.at = boundKey(p.typ, sa, p.v6only)
+	e.boundKey = boundKey(a.typ, sa, a.v6only)
 	return e, nil
 }
 
-// bind sets the options, binds, and listens if p is for connections.
-func (p *place) bind(fd int, lc ListenConfig, e *entry) error {
-	if p.family == unix.AF_INET6 && dualStack {
-		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, b2i(p.v6only)); err != nil {
+// bind sets the options, binds, and listens if a is for connections.
+func (a *bindAddr) bind(fd int, lc ListenConfig, e *entry) error {
+	if a.family == unix.AF_INET6 && dualStack {
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, b2i(a.v6only)); err != nil {
 			return os.NewSyscallError("setsockopt IPV6_V6ONLY", err)
 		}
 	}
-	if p.family != unix.AF_UNIX {
+	if a.family != unix.AF_UNIX {
 		// As net does. Two UDP sockets with SO_REUSEADDR could take each
 		// other's datagrams.
 		option, name := unix.SO_REUSEADDR, "setsockopt SO_REUSEADDR"
-		if p.typ == unix.SOCK_DGRAM {
+		if a.typ == unix.SOCK_DGRAM {
 			option, name = unix.SO_BROADCAST, "setsockopt SO_BROADCAST"
 		}
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, 1); err != nil {
@@ -58,29 +61,29 @@ func (p *place) bind(fd int, lc ListenConfig, e *entry) error {
 		}
 	}
 	if lc.Control != nil {
-		network := p.network
-		switch p.family {
+		network := a.network
+		switch a.family {
 		case unix.AF_INET:
 			network = network[:3] + "4"
 		case unix.AF_INET6:
 			network = network[:3] + "6"
 		}
-		if err := lc.Control(network, p.addr.String(), rawFD(fd)); err != nil {
+		if err := lc.Control(network, a.addr.String(), rawFD(fd)); err != nil {
 			return err
 		}
 	}
-	if p.path != "" {
-		return p.bindFile(fd, lc, e)
+	if a.path != "" {
+		return a.bindFile(fd, lc, e)
 	}
-	if err := unix.Bind(fd, p.sa); err != nil {
+	if err := unix.Bind(fd, a.sa); err != nil {
 		return os.NewSyscallError("bind", err)
 	}
-	return p.listen(fd, lc)
+	return a.listen(fd, lc)
 }
 
-// listen opens the socket to clients; one for packets is open when it is bound.
-func (p *place) listen(fd int, lc ListenConfig) error {
-	if p.typ == unix.SOCK_DGRAM {
+// listen opens the socket to clients. One for packets is open when it is bound.
+func (a *bindAddr) listen(fd int, lc ListenConfig) error {
+	if a.typ == unix.SOCK_DGRAM {
 		return nil
 	}
 	backlog := lc.Backlog
@@ -93,54 +96,55 @@ func (p *place) listen(fd int, lc ListenConfig) error {
 // bindFile binds a socket that has a file. A file that no process listens to
 // is replaced, under a lock of its directory, so that of several processes
 // that find it stale only one replaces it.
-func (p *place) bindFile(fd int, lc ListenConfig, e *entry) error {
-	if lc.Mode != 0 && p.typ == unix.SOCK_DGRAM {
-		// Who may write to the file can send at once: on Linux it gets no
-		// more than these bits from the start. Others refuse the call.
+func (a *bindAddr) bindFile(fd int, lc ListenConfig, e *entry) error {
+	if lc.Mode != 0 && a.typ == unix.SOCK_DGRAM {
+		// Whatever may write to the file can send at once. On Linux the file
+		// gets no more than these bits from the start. Other systems refuse
+		// the call.
 		_ = unix.Fchmod(fd, uint32(lc.Mode))
 	}
-	err := unix.Bind(fd, p.sa)
+	err := unix.Bind(fd, a.sa)
 	if err == unix.EADDRINUSE {
-		unlock, lerr := lockDir(path.Dir(p.path))
+		unlock, lerr := lockDir(path.Dir(a.path))
 		if lerr != nil {
 			return lerr
 		}
 		defer unlock()
-		if err := p.removeStale(); err != nil {
+		if err := a.removeStale(); err != nil {
 			return err
 		}
-		err = unix.Bind(fd, p.sa)
+		err = unix.Bind(fd, a.sa)
 	}
 	if err != nil {
 		return os.NewSyscallError("bind", err)
 	}
 	// Until listen a client is refused: nobody can connect before the mode
 	// is set.
-	e.path = p.path
+	e.path = a.path
 	if lc.Mode != 0 {
-		err = os.Chmod(p.path, lc.Mode)
+		err = os.Chmod(a.path, lc.Mode)
 	}
 	if err == nil {
-		err = p.listen(fd, lc)
+		err = a.listen(fd, lc)
 	}
 	var st unix.Stat_t
 	if err == nil {
-		err = os.NewSyscallError("lstat", unix.Lstat(p.path, &st))
+		err = os.NewSyscallError("lstat", unix.Lstat(a.path, &st))
 	}
 	if err != nil {
-		_ = os.Remove(p.path)
+		_ = os.Remove(a.path)
 		return err
 	}
 	e.dev, e.ino = uint64(st.Dev), uint64(st.Ino)
 	return nil
 }
 
-// removeStale removes the socket file at p.path, unless a process listens to
-// it or it is something else. It asks by connecting with a datagram socket: a
-// live one of another type answers that the type is wrong, one of this type
-// gets nothing that it would notice, and nobody is disturbed.
-func (p *place) removeStale() error {
-	fi, err := os.Lstat(p.path)
+// removeStale removes the socket file at a.path, unless a process listens to
+// it or it is something else. It finds out by connecting with a datagram
+// socket, which disturbs no process: a live socket of another type answers that
+// the type is wrong, and one of this type does not notice.
+func (a *bindAddr) removeStale() error {
+	fi, err := os.Lstat(a.path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
@@ -148,25 +152,25 @@ func (p *place) removeStale() error {
 		return err
 	}
 	if fi.Mode().Type() != os.ModeSocket {
-		return fmt.Errorf("%w: %s is not a socket; remove it or choose another path", os.NewSyscallError("bind", unix.EADDRINUSE), p.path)
+		return fmt.Errorf("%w: %s is not a socket; remove it or choose another path", os.NewSyscallError("bind", unix.EADDRINUSE), a.path)
 	}
 	fd, err := newSocket(unix.AF_UNIX, unix.SOCK_DGRAM)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(fd)
-	if err := unix.Connect(fd, p.sa); err != unix.ECONNREFUSED {
+	if err := unix.Connect(fd, a.sa); err != unix.ECONNREFUSED {
 		return fmt.Errorf("%w: another process listens there", os.NewSyscallError("bind", unix.EADDRINUSE))
 	}
-	if err := os.Remove(p.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.Remove(a.path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("removing a stale socket file: %w", err)
 	}
 	return nil
 }
 
 // lockDir locks a directory against other processes that replace a file in
-// it. Where the directory cannot be opened for want of permission, there is
-// no lock to be had, and it does without.
+// it. If the directory cannot be opened for want of permission, it goes on
+// without a lock.
 func lockDir(dir string) (unlock func(), err error) {
 	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err == unix.EACCES || err == unix.EPERM {
@@ -193,12 +197,3 @@ func b2i(b bool) int {
 	}
 	return 0
 }
-
-// rawFD is a syscall.RawConn for a socket that is not in the poller's hands.
-type rawFD int
-
-func (fd rawFD) Control(f func(uintptr)) error { f(uintptr(fd)); return nil }
-
-func (fd rawFD) Read(func(uintptr) bool) error { return errors.ErrUnsupported }
-
-func (fd rawFD) Write(func(uintptr) bool) error { return errors.ErrUnsupported }

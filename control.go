@@ -14,92 +14,137 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A control is a control socket. serving is held while its clients are served:
-// by one call of Wait.
+// Control sockets: opening and serving them, and answering their clients.
+
+// A control is a control socket.
+//
+// A client that was accepted gets an answer even if the process is about to
+// exit, because finish waits until nobody is between accept and answer. So the
+// loop calls no hook, which may call Stop and wait for the loop.
 type control struct {
-	*listener
-	u       *Upgrader
-	path    string
-	option  socketOption
-	serving sync.Mutex
+	// These do not change.
+	ln     *listener
+	u      *Upgrader
+	path   string
+	option string // the field of Options
+
+	serving sync.Mutex // held by the call of Wait that serves the clients; Close of ln ends it
 
 	mu     sync.Mutex
-	silent []*net.UnixConn // of the takeover socket: have not said what they want, in their order
+	takers []*net.UnixConn // clients of the takeover socket that have sent nothing yet, in the order of their coming
+}
+
+// controlPath returns the path of a control socket, made absolute.
+func controlPath(path string) (string, error) {
+	if strings.HasSuffix(path, "/") {
+		return "", fmt.Errorf("%q is a directory; want the path of a socket", path)
+	}
+	if !isAbstract(path) {
+		var err error
+		if path, err = absolute(path); err != nil {
+			return "", err
+		}
+	}
+	return path, ListenConfig{}.check(kindListener, "unix", path)
 }
 
 // openControls makes the control sockets, or finds the inherited ones.
 func (u *Upgrader) openControls() error {
-	for _, o := range u.opts.sockets() {
-		if *o.path == "" {
+	for _, p := range u.opts.socketPaths() {
+		if *p.path == "" {
 			continue
 		}
-		lc := ListenConfig{Mode: 0o600}
-		if isAbstract(*o.path) {
-			lc.Mode = 0 // who may ask is told from the client's credentials
-		}
-		s, err := u.obtain(lc, kindListener, "unix", *o.path)
+		c, err := u.openControl(p.option, *p.path)
 		if err != nil {
 			for _, c := range u.controls {
-				_ = c.Close()
+				_ = c.ln.Close()
 			}
 			u.controls = nil
-			return fmt.Errorf("%s: %w", o.name, errors.Unwrap(err))
+			return fmt.Errorf("%s: %w", p.option, errors.Unwrap(err))
 		}
-		l := s.(*listener)
-		l.e.late = o.late
-		u.controls = append(u.controls, &control{listener: l, u: u, path: *o.path, option: o})
+		u.controls = append(u.controls, c)
 	}
 	return nil
 }
 
-// serve lets each client in until the socket is closed. Whoever was accepted
-// when it returns has got a line, waits for one in Upgrader.asked, or belongs
-// to an upgrade that runs. No hook is called here: it could wait, as Stop
-// does, for this to end.
+func (u *Upgrader) openControl(option, path string) (*control, error) {
+	lc := ListenConfig{Mode: 0o600}
+	if isAbstract(path) {
+		lc.Mode = 0 // a name has no mode; the client's credentials are checked
+	}
+	s, err := u.listenOrInherit(lc, kindListener, "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	ln := s.(*listener)
+	ln.silent = true
+	// In a handover the sockets for upgrades accept until the successor
+	// serves. So a trigger that comes during an upgrade is refused, and does
+	// not begin the next one.
+	ln.e.acceptsUntilDone = option == "UpgradeSocket" || option == "TakeoverSocket"
+	return &control{ln: ln, u: u, path: path, option: option}, nil
+}
+
+// serve handles each client until the socket is closed. When it returns, each
+// client that was accepted has got its answer, waits for one in
+// lifecycle.stopClients, or belongs to an upgrade that runs.
 func (c *control) serve(running *sync.WaitGroup) {
 	for {
-		conn, err := c.Accept()
+		conn, err := c.ln.Accept()
 		if err != nil {
 			c.mu.Lock()
-			for _, s := range c.silent {
-				s.Close()
+			for _, t := range c.takers {
+				t.Close()
 			}
 			c.mu.Unlock()
 			return
 		}
-		client := conn.(*net.UnixConn)
-		t := trigger{socket: c.path, conn: client}
-		if c.option.takeover {
-			t.conn = nil
-			if t.taker, err = streamOn(client); err != nil { // closed by now
-				continue
-			}
-		}
-		if err := trusted(client); err != nil {
-			t.refuse(err)
-			continue
-		}
-		c.option.act(c, t, running)
+		c.handle(conn.(*net.UnixConn), running)
 	}
 }
 
-// finish closes the socket, and returns when whoever was accepted has got a
-// line or is among those who wait for one.
+func (c *control) handle(client *net.UnixConn, running *sync.WaitGroup) {
+	t := trigger{socket: c.path, conn: client}
+	if c.option == "TakeoverSocket" {
+		s, err := streamOn(client)
+		if err != nil { // closed by now
+			return
+		}
+		t.conn, t.taker = nil, s
+	}
+	if err := trusted(client); err != nil {
+		t.refuse(err)
+		return
+	}
+	switch c.option {
+	case "UpgradeSocket":
+		c.upgrade(t, running)
+	case "StopSocket":
+		c.stop(EventStopping, t, running)
+	case "PartialStopSocket":
+		c.stop(EventPartialStop, t, running)
+	case "TakeoverSocket":
+		c.serveTakeover(t, running)
+	}
+}
+
+// finish closes the socket. It returns when each client that was accepted has
+// got its answer or is among those that wait for one.
 func (c *control) finish() {
-	c.shut()
+	c.ln.detach()
 	c.serving.Lock()
 	defer c.serving.Unlock()
 }
 
-// trusted reports, as an error, that the other end is a user's with whom this
-// process has nothing to do.
+// trusted returns an error unless the peer runs as root or as this process's
+// user.
 func trusted(c *net.UnixConn) error {
 	cred, err := PeerCred(c)
 	if err != nil {
 		return err
 	}
 	if uid := os.Geteuid(); cred.UID != 0 && cred.UID != uid {
-		return fmt.Errorf("%w: at the other end is a process of user %d; want one of user %d or 0", os.ErrPermission, cred.UID, uid)
+		return fmt.Errorf("%w: the peer is a process of user %d; want one of user %d or 0", os.ErrPermission, cred.UID, uid)
 	}
 	return nil
 }
@@ -113,23 +158,18 @@ func (c *control) upgrade(t trigger, running *sync.WaitGroup) {
 	running.Go(func() { _ = c.u.attempt(t) })
 }
 
-func (c *control) stop(t trigger, running *sync.WaitGroup) {
-	c.u.ask(&t)
-	running.Go(func() { c.u.stop(t) })
+func (c *control) stop(kind EventKind, t trigger, running *sync.WaitGroup) {
+	c.u.keepStopClient(&t)
+	running.Go(func() { c.u.stop(kind, t) })
 }
 
-func (c *control) partialStop(t trigger, running *sync.WaitGroup) {
-	c.u.ask(&t)
-	running.Go(func() { c.u.partialStop(t) })
-}
-
-// ask keeps the client that asks for the end of this process until that has
-// come, or answers if it has.
-func (u *Upgrader) ask(t *trigger) {
+// keepStopClient keeps the client that requests the end of this process until
+// that has come. If it has come already, the client is answered.
+func (u *Upgrader) keepStopClient(t *trigger) {
 	u.mu.Lock()
-	e := u.last
+	e := u.life.last
 	if e.Kind == "" {
-		u.asked = append(u.asked, t.conn)
+		u.life.stopClients = append(u.life.stopClients, t.conn)
 	}
 	u.mu.Unlock()
 	if e.Kind != "" {
@@ -138,7 +178,7 @@ func (u *Upgrader) ask(t *trigger) {
 	t.conn = nil
 }
 
-// outcome is what one is told who has asked for the end of this process.
+// outcome is the answer to a client that has requested the end of this process.
 func outcome(e Event) string {
 	if e.Kind == EventUpgraded {
 		return fmt.Sprintf("error: %v: pid=%d generation=%d serves", ErrUpgraded, e.PID, e.Generation)
@@ -150,7 +190,8 @@ func okLine(e Event) string {
 	return "ok pid=" + strconv.Itoa(e.PID) + " generation=" + strconv.Itoa(e.Generation)
 }
 
-// answer writes a line to the client of a control socket, and hangs up.
+// answer writes a line to the client of a control socket and closes the
+// connection.
 func answer(c *net.UnixConn, line string) {
 	if c == nil {
 		return
@@ -163,8 +204,9 @@ func answer(c *net.UnixConn, line string) {
 		return r
 	}, line)
 	_ = c.SetWriteDeadline(time.Now().Add(time.Second))
-	_, _ = io.WriteString(c, line+"\n") // fails only if nobody waits for it
-	// What it has sent unasked is taken, or it would see a reset for the end.
+	_, _ = io.WriteString(c, line+"\n") // fails only if the client is gone
+	// What the client has sent is taken, or it would see a reset in the place
+	// of the end.
 	if raw, err := c.SyscallConn(); err == nil {
 		_ = raw.Control(func(fd uintptr) {
 			var b [4 << 10]byte

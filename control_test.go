@@ -697,7 +697,7 @@ func TestControlSocketUsers(t *testing.T) {
 		if err := os.Chmod(path, 0o666); err != nil {
 			t.Fatal(err)
 		}
-		if text, want := ask(nobody, path), "at the other end is a process of user 65534; want one of user 0 or 0 false"; !strings.HasSuffix(text, want) {
+		if text, want := ask(nobody, path), "the peer is a process of user 65534; want one of user 0 or 0 false"; !strings.HasSuffix(text, want) {
 			t.Errorf("another user is told %q; want %q", text, want)
 		}
 		p.serves()
@@ -775,8 +775,8 @@ func TestRequestErrors(t *testing.T) {
 		{"refused", filepath.Join(dir, "left"), background, syscall.ECONNREFUSED, "left"},
 		{"empty path", "", background, nil, `""`},
 		{"long path", strings.Repeat("x", 200), background, nil, "200 bytes"},
-		{"no word", stale, background, io.ErrUnexpectedEOF, "without a word"},
-		{"half a line", says("half", "ok pid=1 gener"), background, io.ErrUnexpectedEOF, "without a word"},
+		{"no word", stale, background, io.ErrUnexpectedEOF, "without an answer"},
+		{"half a line", says("half", "ok pid=1 gener"), background, io.ErrUnexpectedEOF, "without an answer"},
 		{"garbage", says("garbage", "220 mail.example ESMTP\r\n"), background, nil, `"220 mail.example ESMTP\r"`},
 		{"endless", serve("endless", func(c *net.UnixConn) {
 			for {

@@ -1,40 +1,42 @@
 // Package ecdysis replaces a running daemon by its next version without a
 // client noticing.
 //
-// The old process starts the new one, hands it the listening sockets
-// themselves, and goes on serving until the new one says that it is ready.
-// Then it stops accepting, gives its word for that, and the new one starts:
-// no connection is refused, reset or left unanswered on the way. Whatever the
-// new process does before it is ready (crash, hang, refuse, be the wrong
-// program), the old one goes on serving and reports why.
+// The old process, the predecessor, starts the new one, its successor, and
+// hands it the listening sockets themselves. It goes on serving until the
+// successor says that it is ready. Then it stops accepting, confirms this to
+// the successor, and the successor starts accepting. No connection is
+// refused, reset or left unanswered on the way. Whatever the successor does
+// before it is ready (crash, hang, fail, be the wrong program), the
+// predecessor goes on serving and reports why.
 //
 // The smallest correct daemon is the package example. Its order matters:
 //
-//   - New takes over what an older process hands on, and nothing else.
+//   - New takes over what a predecessor hands on, and nothing else.
 //   - Listen returns the inherited socket if there is one for that address,
 //     and makes a new one otherwise. The program does not tell the two apart.
 //   - Ready returns when this process is the one that serves. Until then its
-//     listeners are quiet: Accept waits.
-//   - Upgrade (or Wait, on a signal) starts the next process and returns when
-//     that one has taken over, or with the reason why it did not.
+//     listeners are paused: Accept waits.
+//   - Upgrade (or Wait, on a signal) starts the successor and returns when it
+//     has taken over, or with the reason why it has not.
 //   - Once it has, Exit is closed, Accept fails with net.ErrClosed, and the
 //     program ends as soon as its last client is served.
 //
 // Sockets for packets (ListenPacket), connections (AddConn), files (AddFile)
 // and what is in memory (Options.SendState) are handed on likewise.
 //
-// Upgrades and stops are asked for by calls, by signals, or by control sockets
+// Upgrades and stops are requested by calls, by signals, or by control sockets
 // (Request), which tell the client how it went. At Options.TakeoverSocket a
-// process that nobody forked, such as one in a new container, takes over.
+// process that this one has not started, such as one in a new container, takes
+// over.
 //
-// Two generations never accept at once. If the old process dies during an
-// upgrade, the new one completes its start and serves. If the new one dies
-// within [Options.Probation], the old one takes the sockets back.
+// Two generations never accept at once. If the predecessor dies during an
+// upgrade, the successor completes its start and serves. If the successor dies
+// within [Options.Probation], the predecessor takes the sockets back.
 //
 // The package never exits the process, never logs, and starts no goroutine
-// that outlives the call that it was started in. Blocking calls run on the
-// goroutine that called them. All methods of an Upgrader may be called from
-// several goroutines at once, and from the hooks in Options.
+// that outlives the call that started it. Blocking calls run on the goroutine
+// that called them. All methods of an Upgrader may be called from several
+// goroutines at once, and from the hooks in Options.
 //
 // It runs on Linux, macOS, FreeBSD, NetBSD, OpenBSD and DragonFly BSD.
 package ecdysis
@@ -42,7 +44,6 @@ package ecdysis
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/signal"
 	"sync"
@@ -50,70 +51,64 @@ import (
 	"time"
 )
 
-// DefaultUpgradeTimeout is the time from start to ready that a successor has
-// if Options.UpgradeTimeout is zero.
-const DefaultUpgradeTimeout = time.Minute
+// The Upgrader and its beginning. The calls that lead on are in ready.go,
+// listener.go, packet.go, add.go, upgrade.go, stop.go and wait.go.
 
-// An Upgrader is this process's part in the chain of generations. There is at
-// most one in a process, made by New. Its methods may be called from several
+// An Upgrader is this process's part in the chain of generations. A process
+// has at most one, made by New. Its methods may be called from several
 // goroutines at once.
+//
+// Locks are taken in this order: control.serving, which alone is held over
+// calls that block, each of them bounded; Upgrader.mu; a gate's; a stream's.
+// Those of a SeqpacketConn, of a state and control.mu stand alone. No lock is
+// held over a hook or the start of a process.
 type Upgrader struct {
+	// New sets these, and they do not change.
 	opts       Options
 	generation int
-	parent     *stream      // to the old process; nil in the first one
-	state      *stateReader // what the old process has written; nil: nothing
+	pred       *predecessor // what this process knows of the older one; it has locks of its own
+	state      *stateReader // what the predecessor has written; nil if it has written nothing
 	signals    chan os.Signal
-	controls   []*control // made by New
-
-	ready   chan struct{} // closed when Ready has succeeded
-	settled chan struct{} // closed when the old process has no say any more: the socket files are ours
-	exit    chan struct{} // what Exit returns
-	over    chan struct{} // closed when Wait is to return last
+	controls   []*control
 
 	// mu guards what follows. It is held neither over a hook nor over a call
 	// that can block.
-	mu        sync.Mutex
-	phase     phase
-	pending   EventKind       // a stop that came while Ready or Upgrade ran, which ends by it
-	cause     trigger         // of that stop
-	asked     []*net.UnixConn // clients of control sockets that wait for this process's end
-	last      Event           // what Wait returns
-	standby   bool            // the old process stands by for its Probation
-	reg       registry
-	pidFile   pidFile  // as this process has written it last
-	successor *stream  // after an upgrade; only the kernel closes it
-	zombies   []*child // given up while they could not be ended
+	mu          sync.Mutex
+	life        lifecycle
+	reg         registry
+	pidFile     pidFile   // as this process has written it last
+	acceptError time.Time // of the last EventAcceptError
+	successor   *stream   // after an upgrade; only the kernel closes it
+	zombies     []*child  // successors that could not be ended when they were given up
 }
 
 // process is the Upgrader of this process: the inheritance can be taken only
-// once, and the streams to the older and the newer process must stay open
-// until this process exits, however the caller treats its Upgrader.
+// once, and the streams to the predecessor and the successor must stay open
+// until this process exits, whether or not the caller keeps its Upgrader.
 var process atomic.Pointer[Upgrader]
 
-// New returns this process's Upgrader. If an older process has started this
-// one, or serves at Options.TakeoverSocket, New takes everything that it hands
-// on; otherwise this is the first process of a chain.
+// New returns this process's Upgrader. If a predecessor has started this
+// process, or one serves at Options.TakeoverSocket, New takes everything that
+// it hands on. Otherwise this is the first process of a chain.
 //
-// There is one Upgrader in a process: after New has succeeded, or has failed
-// to take an inheritance, another call fails. The older process is told why a
-// call has failed. If that one refuses to be taken over, because an upgrade is
-// in progress or its Prepare says no, the error has its reason; if it does not
-// answer within Options.UpgradeTimeout, the error wraps
-// os.ErrDeadlineExceeded. In both cases New may be called again. A control
-// socket that another process serves is an error that wraps EADDRINUSE.
+// A process can have one Upgrader: once New has succeeded, or failed while
+// taking an inheritance, later calls fail. The predecessor is told why a call
+// has failed. If it refuses to be taken over, because an upgrade is in progress
+// or its Prepare says no, the error has its reason. If it does not answer
+// within Options.UpgradeTimeout, the error wraps os.ErrDeadlineExceeded. In both
+// cases New may be called again. A control socket that another process serves
+// is an error that wraps EADDRINUSE.
 func New(opts Options) (*Upgrader, error) {
 	u := &Upgrader{
 		signals: make(chan os.Signal, 1), // several that wait are one
-		ready:   make(chan struct{}),
-		settled: make(chan struct{}),
-		exit:    make(chan struct{}),
-		over:    make(chan struct{}),
+		life:    newLifecycle(),
 	}
 	if !process.CompareAndSwap(nil, u) {
 		return nil, errors.New("ecdysis: New was called before; a process has one Upgrader")
 	}
-	var err error
-	if u.parent, err = openInheritance(); err != nil {
+	s, err := openInheritance()
+	u.pred = newPredecessor(s)
+	if err != nil {
 		return nil, fmt.Errorf("ecdysis: new: %w", err)
 	}
 	if u.opts, err = opts.check(); err == nil {
@@ -125,7 +120,7 @@ func New(opts Options) (*Upgrader, error) {
 		}
 		signal.Stop(u.signals)
 	}
-	if u.parent == nil {
+	if u.first() {
 		process.Store(nil) // nothing was taken: the caller may try again
 	} else {
 		_ = u.Fail(err)
@@ -136,30 +131,15 @@ func New(opts Options) (*Upgrader, error) {
 // begin takes what there is to inherit, and opens the control sockets.
 func (u *Upgrader) begin() (err error) {
 	var hello frame
-	var deadline time.Time // a successor's is its parent's affair
-	if u.parent != nil {
-		if hello, err = u.parent.read(deadline); err != nil {
-			return fmt.Errorf("the older process said nothing: %w", err)
-		}
-		if err = checkHello(hello); err != nil {
-			return err
+	if !u.first() {
+		hello, err = u.pred.hello()
+		if err == nil {
+			err = u.receiveInheritance(hello, time.Time{}) // how long it takes is the predecessor's affair
 		}
 	} else if path := u.opts.TakeoverSocket; path != "" {
-		deadline = time.Now().Add(u.opts.UpgradeTimeout)
-		if u.parent, hello, err = takeOverAt(path, deadline); err != nil {
-			return fmt.Errorf("TakeoverSocket %s: %w", path, err)
+		if err = u.takeOver(path); err != nil {
+			err = fmt.Errorf("TakeoverSocket %s: %w", path, err)
 		}
-	}
-	if u.parent == nil {
-		close(u.settled)
-		return u.openControls()
-	}
-	err = u.inherit(hello, deadline)
-	if err == os.ErrDeadlineExceeded {
-		err = errLate
-	}
-	if err != nil && !deadline.IsZero() {
-		err = fmt.Errorf("TakeoverSocket %s: %w", u.opts.TakeoverSocket, err)
 	}
 	if err != nil {
 		return err
@@ -167,9 +147,13 @@ func (u *Upgrader) begin() (err error) {
 	return u.openControls()
 }
 
-// HasParent reports whether an older process has started this one to be its
-// successor, or was taken over. It does not change when that process exits.
-func (u *Upgrader) HasParent() bool { return u.parent != nil }
+// first reports whether this is the first process of a chain.
+func (u *Upgrader) first() bool { return u.pred.s == nil }
+
+// HasParent reports whether this process has a predecessor: one that has
+// started it, or one that it has taken over from. It does not change when that
+// process exits. ("Parent" is the word of the package tableflip.)
+func (u *Upgrader) HasParent() bool { return !u.first() }
 
 // Generation returns 0 in the first process of a chain, 1 in its successor,
 // and so on.
@@ -177,8 +161,9 @@ func (u *Upgrader) Generation() int { return u.generation }
 
 // Exit returns a channel that is closed when this process has been replaced
 // or stopped: the program should finish what is in flight and exit.
-func (u *Upgrader) Exit() <-chan struct{} { return u.exit }
+func (u *Upgrader) Exit() <-chan struct{} { return u.life.exit }
 
+// notify calls the hook. No lock is held.
 func (u *Upgrader) notify(e Event) {
 	if u.opts.Notify != nil {
 		u.opts.Notify(e)

@@ -1,13 +1,17 @@
 package ecdysis
 
 import (
+	"fmt"
 	"os"
 	"strconv"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// The kinds of what is handed on.
+// One thing that is handed on: what is said about it, and the descriptor.
+
+// The kinds of what is handed on, as they are sent.
 const (
 	kindListener = "listener"
 	kindPacket   = "packet" // a socket for datagrams
@@ -15,151 +19,202 @@ const (
 	kindFile     = "file"
 	kindPair     = "pair" // the successor's end of a DatagramPair
 	kindState    = "state"
-	kindOlder    = "generation" // the stream to an older process that may still serve its clients
+	kindAncestor = "generation" // the stream to an older process that may still serve its clients
 )
 
-// A socket is what an entry is here once it was asked for, if it goes on being
-// handed on: a *listener or a *packetConn; or the *stream to the older process.
-type socket interface {
-	quiet()
-	resume()
-	shut()
-	control(f func(fd uintptr)) error
-}
-
-// An entry is one thing that this process holds to hand it on, or has
-// inherited and not yet been asked for.
-type entry struct {
+// A wire is what one process tells the other about a descriptor. It changes
+// only at the moment at which its socket is asked for.
+type wire struct {
 	kind             string
-	name             string // what it was added as; "": Listen and ListenPacket have made it
-	network, address string // of a socket: the words it was asked for with
-	at               string // boundKey of its address
+	name             string // what it was added as; empty if Listen or ListenPacket has made it
+	network, address string // of a socket: the words that it was asked for with
+	boundKey         string // of the address that it is bound to
 	keep             bool   // ListenConfig.KeepOnStop
-	late             bool   // a control socket that accepts until the successor serves
-	path             string // absolute, of a Unix socket's file; "": none
+	path             string // absolute path of a Unix socket's file; empty if it has none
 	dev, ino         uint64 // of that file when it was bound
 	foreign          bool   // made elsewhere: its file is not the package's to remove
 	size             int64  // of a state
-	inherited        bool   // not made by this process
-
-	// Guarded by Upgrader.mu. An entry of an upgrade that runs keeps its
-	// descriptor or socket.
-	fd      int    // until sock has it; -1: closed, or with sock
-	sock    socket // nil: a bare descriptor
-	claimed bool   // taken from the inheritance
-	handed  bool   // the successor of the running upgrade has a copy
-	closed  bool   // withdrawn while handed
 }
 
-// record returns e as it is handed on.
-func (e *entry) record() record {
-	r := record{"kind=" + e.kind}
+// encode returns w as a record of a SOCKETS frame. Fields are added in later
+// versions and never changed.
+func (w *wire) encode() record {
+	r := record{"kind=" + w.kind}
 	add := func(key, value string) {
 		if value != "" {
 			r = append(r, key+"="+value)
 		}
 	}
-	add("name", e.name)
-	add("network", e.network)
-	add("address", e.address)
-	add("at", e.at)
-	if e.keep {
+	add("name", w.name)
+	add("network", w.network)
+	add("address", w.address)
+	add("at", w.boundKey)
+	if w.keep {
 		add("keep", "1")
 	}
-	if e.path != "" {
-		add("path", e.path)
-		add("dev", strconv.FormatUint(e.dev, 10))
-		add("ino", strconv.FormatUint(e.ino, 10))
+	if w.path != "" {
+		add("path", w.path)
+		add("dev", strconv.FormatUint(w.dev, 10))
+		add("ino", strconv.FormatUint(w.ino, 10))
 	}
-	if e.foreign {
+	if w.foreign {
 		add("foreign", "1")
 	}
-	if e.kind == kindState {
-		add("size", strconv.FormatInt(e.size, 10))
+	if w.kind == kindState {
+		add("size", strconv.FormatInt(w.size, 10))
 	}
 	return r
 }
 
-// label names e for an event or an error.
-func (e *entry) label() string {
+// decodeWire is the reverse of encode. With an error it returns what it could
+// read, for the error's text.
+func decodeWire(r record) (w wire, err error) {
+	w = wire{kind: r.get("kind"), name: r.get("name"), network: r.get("network"), address: r.get("address"),
+		boundKey: r.get("at"), keep: r.get("keep") == "1", path: r.get("path"), foreign: r.get("foreign") == "1"}
+	if w.path != "" {
+		var err1, err2 error
+		w.dev, err1 = strconv.ParseUint(r.get("dev"), 10, 64)
+		w.ino, err2 = strconv.ParseUint(r.get("ino"), 10, 64)
+		if err1 != nil || err2 != nil {
+			return w, fmt.Errorf("its file is device %q, inode %q; want numbers", r.get("dev"), r.get("ino"))
+		}
+	}
+	if w.kind == kindState {
+		if w.size, err = strconv.ParseInt(r.get("size"), 10, 64); err != nil || w.size < 0 {
+			return w, fmt.Errorf("its size is %q; want a number", r.get("size"))
+		}
+	}
+	return w, nil
+}
+
+// isSocket reports whether clients find it by its address.
+func (w *wire) isSocket() bool { return w.kind == kindListener || w.kind == kindPacket }
+
+// label names w in an event or an error.
+func (w *wire) label() string {
 	switch {
-	case e.network != "":
-		return e.network + " " + e.address
-	case e.name != "":
-		return e.kind + " " + e.name
+	case w.network != "":
+		return w.network + " " + w.address
+	case w.name != "":
+		return w.kind + " " + w.name
 	}
-	return e.kind
+	return w.kind
 }
 
-// control calls f with e's descriptor, which stays what it is meanwhile.
-func (e *entry) control(f func(fd uintptr)) error {
-	switch {
-	case e.sock != nil:
-		return e.sock.control(f)
-	case e.fd < 0:
-		return os.ErrClosed
+// key returns the key of the address where clients find the socket.
+func (w *wire) key() string {
+	if w.path != "" {
+		return w.network + " " + w.path
 	}
-	f(uintptr(e.fd))
-	return nil
+	return w.boundKey
 }
 
-func (e *entry) quiet() {
-	if e.sock != nil {
-		e.sock.quiet()
-	}
-}
-
-func (e *entry) resume() {
-	if e.sock != nil {
-		e.sock.resume()
-	}
-}
-
-func (e *entry) shut() {
-	if e.sock != nil {
-		e.sock.shut()
-	}
-	e.drop()
-}
-
-// key returns the key of the place where e is.
-func (e *entry) key() string {
-	if e.path != "" {
-		return e.network + " " + e.path
-	}
-	return e.at
-}
-
-// drop closes a bare descriptor.
-func (e *entry) drop() {
-	if e.fd >= 0 {
-		unix.Close(e.fd)
-		e.fd = -1
-	}
+// hasFile reports whether w's file is at path.
+func (w *wire) hasFile(path string) bool {
+	var st unix.Stat_t
+	return unix.Lstat(path, &st) == nil && uint64(st.Dev) == w.dev && uint64(st.Ino) == w.ino
 }
 
 // removeFile removes a Unix socket's file if it is still the one that was
 // bound.
-func (e *entry) removeFile() {
-	var st unix.Stat_t
-	if e.path == "" || e.foreign || unix.Lstat(e.path, &st) != nil {
-		return
-	}
-	if uint64(st.Dev) == e.dev && uint64(st.Ino) == e.ino {
-		_ = os.Remove(e.path)
+func (w *wire) removeFile() {
+	if w.path != "" && !w.foreign && w.hasFile(w.path) {
+		_ = os.Remove(w.path)
 	}
 }
 
-// rename makes path the one by which e's file is found, if that is where it is
-// and the earlier one, which may be another mount namespace's, leads nowhere.
-func (e *entry) rename(path string) {
-	var st unix.Stat_t
-	is := func(path string) bool {
-		return unix.Lstat(path, &st) == nil && uint64(st.Dev) == e.dev && uint64(st.Ino) == e.ino
+// rename makes path the one by which the file is found, if the file is there
+// and not at the earlier path, which may be that of another mount namespace.
+func (w *wire) rename(path string) {
+	if !w.hasFile(w.path) && w.hasFile(path) {
+		w.path = path
 	}
-	if !is(e.path) && is(path) {
-		e.path = path
+}
+
+// An entryState is what becomes of an entry.
+type entryState int
+
+const (
+	held            entryState = iota // the next successor gets a copy
+	unclaimed                         // inherited, and no call has asked for it yet
+	inTransit                         // the successor of the running upgrade has or gets a copy
+	closedInTransit                   // withdrawn meanwhile: its file goes if the upgrade fails
+)
+
+// A pausable is what an entry is once it was asked for, if clients find it by
+// its address: a *listener or a *packetConn.
+type pausable interface {
+	pause()
+	unpause()
+	detach()
+}
+
+// An entry is one thing that this process holds to hand it on, or that it has
+// inherited and nobody has asked for yet.
+type entry struct {
+	wire
+	inherited        bool // not made by this process
+	acceptsUntilDone bool // a control socket that is not paused until the successor serves
+
+	// Upgrader.mu guards what follows. While an upgrade runs its entries keep
+	// raw and sock, so that the attempt may use them without the lock.
+	state entryState
+	raw   syscall.RawConn // a rawFD until sock has the descriptor; nil if it was closed or moved out
+	sock  pausable        // nil for a bare descriptor
+}
+
+// rawFD is a syscall.RawConn for a descriptor that is not in the poller's
+// hands.
+type rawFD int
+
+func (fd rawFD) Control(f func(uintptr)) error  { f(uintptr(fd)); return nil }
+func (fd rawFD) Read(func(uintptr) bool) error  { return os.ErrInvalid }
+func (fd rawFD) Write(func(uintptr) bool) error { return os.ErrInvalid }
+
+// control calls f with e's descriptor, which stays what it is meanwhile.
+func (e *entry) control(f func(fd uintptr)) error {
+	if e.raw == nil {
+		return os.ErrClosed
 	}
+	return e.raw.Control(f)
+}
+
+// moveOut returns e's bare descriptor, which is then the caller's, or -1.
+func (e *entry) moveOut() int {
+	fd, bare := e.raw.(rawFD)
+	if !bare {
+		return -1
+	}
+	e.raw = nil
+	return int(fd)
+}
+
+// closeBare closes a bare descriptor.
+func (e *entry) closeBare() {
+	if fd := e.moveOut(); fd >= 0 {
+		unix.Close(fd)
+	}
+}
+
+func (e *entry) pause() {
+	if e.sock != nil {
+		e.sock.pause()
+	}
+}
+
+func (e *entry) unpause() {
+	if e.sock != nil {
+		e.sock.unpause()
+	}
+}
+
+// detach ends e on the package's account: a listener and a bare descriptor are
+// closed, and a socket for packets is left to the caller.
+func (e *entry) detach() {
+	if e.sock != nil {
+		e.sock.detach()
+	}
+	e.closeBare()
 }
 
 // hungUp reports whether the other end of a stream is closed. Nothing unread

@@ -6,45 +6,52 @@ import (
 	"strings"
 )
 
+// What Options.Notify is told.
+
 // An EventKind says what an Event is about.
 type EventKind string
 
 const (
-	// EventReady: from the return of this call on, this process is the one
-	// that serves. Locks that only one process may hold are taken here. Err
-	// is set if the PID file could not be put in its place.
+	// EventReady means that this process serves from the return of this call
+	// on. Locks that only one process may hold are taken here. Err is set if
+	// the PID file could not be put in its place.
 	EventReady EventKind = "ready"
-	// EventUpgrading: an upgrade begins. EventUpgraded or EventUpgradeFailed
-	// follows.
-	EventUpgrading EventKind = "upgrading"
-	// EventHandover: every listener of this process is quiet and the
-	// successor waits. Locks are released here.
-	EventHandover EventKind = "handover"
-	// EventResumed: the successor has ended after EventHandover. Locks are
-	// taken back here; then this process accepts again, and
+	// EventUpgrading means that an upgrade begins. EventUpgraded or
 	// EventUpgradeFailed follows.
+	EventUpgrading EventKind = "upgrading"
+	// EventHandover means that every listener of this process is paused and
+	// that the successor waits. Locks are released here.
+	EventHandover EventKind = "handover"
+	// EventResumed means that the upgrade has failed after EventHandover.
+	// Locks are taken back here. This process accepts again when the hook
+	// has returned, and EventUpgradeFailed follows.
 	EventResumed EventKind = "resumed"
-	// EventUpgradeFailed: the attempt has failed, Err says why. It also tells
-	// of a trigger that was refused, with ErrInProgress, ErrDraining or
-	// ErrInit.
+	// EventUpgradeFailed means that the attempt has failed. Err says why. It
+	// also tells of a trigger that was refused, with ErrInProgress,
+	// ErrDraining or ErrInit.
 	EventUpgradeFailed EventKind = "upgrade failed"
-	// EventUpgraded: the successor serves, and its probation is over.
+	// EventUpgraded means that the successor serves and that its probation is
+	// over.
 	EventUpgraded EventKind = "upgraded"
-	// EventPartialStop: this process has ended accepting.
+	// EventAcceptError means that Accept waits out a lasting error, Err, such
+	// as a lack of descriptors. The first one is told, and then at most one a
+	// minute.
+	EventAcceptError EventKind = "accept error"
+	// EventPartialStop means that this process has ended accepting.
 	EventPartialStop EventKind = "partial stop"
-	// EventStopping: this process ends.
+	// EventStopping means that this process ends.
 	EventStopping EventKind = "stopping"
 )
 
 // An Event tells what an Upgrader does.
 type Event struct {
 	Kind       EventKind
-	Signal     os.Signal // what caused it; nil: a control socket or a call
-	Socket     string    // the path of the control socket that caused it; "": a signal or a call
-	PID        int       // of the process that the event is about; 0: none yet
+	Signal     os.Signal // the signal that caused it; nil if a control socket or a call did
+	Socket     string    // the path of the control socket that caused it; empty if a signal or a call did
+	PID        int       // of the process that the event is about; 0 if there is none yet
 	Generation int       // of that process: in an upgrade, the successor's
-	Unclaimed  []string  // EventReady: what was inherited and closed, for nobody had asked for it: "tcp :80", "conn name", "file name", "pair name", "state"
-	Err        error     // EventUpgradeFailed, EventReady: what went wrong
+	Unclaimed  []string  // EventReady: what was inherited and closed because no call asked for it: "tcp :80", "conn name", "file name", "pair name", "state"
+	Err        error     // EventUpgradeFailed, EventReady, EventAcceptError: what went wrong
 }
 
 // String returns e as a line for a log.

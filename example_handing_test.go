@@ -2,8 +2,10 @@ package ecdysis_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log"
 	"net"
 	"os"
@@ -104,11 +106,11 @@ func ExampleUpgrader_AddConn() {
 		defer mu.Unlock()
 		for { // what an attempt that failed has left
 			c, err := u.Conn("subscriber")
+			if errors.Is(err, fs.ErrNotExist) {
+				break
+			}
 			if err != nil {
 				return err
-			}
-			if c == nil {
-				break
 			}
 			c.Close()
 		}
@@ -138,11 +140,11 @@ func ExampleUpgrader_AddConn() {
 	}
 	for {
 		c, err := u.Conn("subscriber")
+		if errors.Is(err, fs.ErrNotExist) {
+			break
+		}
 		if err != nil {
 			log.Fatal(u.Fail(err))
-		}
-		if c == nil {
-			break
 		}
 		subscribers = append(subscribers, c)
 	}
@@ -183,17 +185,14 @@ func ExampleUpgrader_AddFile() {
 		log.Fatal(err)
 	}
 	f, err := u.File("lock")
-	if err != nil {
-		log.Fatal(u.Fail(err))
-	}
-	if f == nil { // the first process
+	if errors.Is(err, fs.ErrNotExist) { // the first process
 		f, err = os.OpenFile(filepath.Join(exampleDir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 		if err == nil {
 			err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 		}
-		if err != nil {
-			log.Fatal(u.Fail(err))
-		}
+	}
+	if err != nil {
+		log.Fatal(u.Fail(err))
 	}
 	if err := u.AddFile("lock", f); err != nil { // for the next one
 		log.Fatal(u.Fail(err))
@@ -212,7 +211,7 @@ func ExampleUpgrader_Listener() {
 		log.Fatal(err)
 	}
 	ln, err := u.Listener("web")
-	if err == nil && ln == nil { // the first process
+	if errors.Is(err, fs.ErrNotExist) { // the first process
 		ln, err = adopt(u, "web")
 	}
 	if err != nil {
@@ -260,7 +259,7 @@ func ExampleUpgrader_DatagramPair() {
 		log.Fatal(err)
 	}
 	toParent, toChild, err := u.DatagramPair("questions")
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // toParent is nil in the first process
 		log.Fatal(u.Fail(err))
 	}
 	go func() { // answer the next generation

@@ -192,6 +192,9 @@ func absolute(name string) (string, error) {
 	return path.Join(dir, name), nil
 }
 
+// uncatchable reports whether no process can catch s.
+func uncatchable(s os.Signal) bool { return s == syscall.SIGKILL || s == syscall.SIGSTOP }
+
 // inherits reports whether a standard descriptor is there to be inherited.
 func inherits(fd int) bool {
 	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)

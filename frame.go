@@ -6,11 +6,14 @@ import (
 	"strings"
 )
 
-// The conversation between two generations, as docs/design.md has it. A frame
-// is its kind, the length of its payload in four bytes, most significant
-// first, and the payload: records, each a list of "key=value" fields. A field
-// is its length (a varint) and its bytes; an empty one ends the record.
-// Unknown keys are ignored. In a SOCKETS frame each record has a descriptor.
+// The codec of the conversation between two generations, which docs/protocol.md
+// describes.
+
+// A frame is its kind, the length of its payload in four bytes, most
+// significant first, and the payload: records, each a list of "key=value"
+// fields. A field is its length (a varint) and its bytes. An empty field ends
+// the record. Unknown keys are ignored. In a SOCKETS frame each record comes
+// with a descriptor.
 type frame struct {
 	kind    byte
 	records []record
@@ -26,12 +29,12 @@ const (
 	frameEnd     = 'E' // old to new: that was all
 	frameAck     = 'K' // new to old: a batch has arrived
 	frameReady   = 'R' // new to old: pid, unclaimed
-	frameFail    = 'F' // new to old: reason, inuse, network, address; old to new, for frameHello: reason
-	frameCommit  = 'C' // old to new: probation
-	frameAbort   = 'A' // old to new: go away
-	frameDone    = 'D' // new to old: I serve
-	frameBye     = 'B' // new to old, within probation: I was stopped, do not come back
-	frameFinal   = 'L' // old to new: I will not come back
+	frameFail    = 'F' // new to old: reason, inuse, network, address; old to new, in the place of frameHello: reason
+	frameCommit  = 'C' // old to new: probation; the old process accepts no more
+	frameAbort   = 'A' // old to new: the new process is given up
+	frameDone    = 'D' // new to old: the new process serves
+	frameBye     = 'B' // new to old, within probation: the new process was stopped, so the old one must not come back
+	frameFinal   = 'L' // old to new: the old process will not come back
 )
 
 const (
@@ -44,7 +47,7 @@ const (
 )
 
 var (
-	errAgain     = errors.New("nothing there yet")
+	errAgain     = errors.New("nothing has come yet")
 	errTruncated = errors.New("the system delivered fewer descriptors than were sent: the limit of open files (RLIMIT_NOFILE) is too low for what this process inherits")
 )
 
@@ -87,15 +90,15 @@ func appendFrame(b []byte, kind byte, records []record) []byte {
 	return b
 }
 
-// parseFrame takes a frame from the front of b. It returns how many bytes
-// that were, 0 if b does not hold a whole frame yet.
+// parseFrame takes a frame from the front of b. It returns the frame's length,
+// or 0 if b does not hold a whole frame yet.
 func parseFrame(b []byte) (f frame, n int, err error) {
 	if len(b) < frameHeader {
 		return f, 0, nil
 	}
 	size := uint32(b[1])<<24 | uint32(b[2])<<16 | uint32(b[3])<<8 | uint32(b[4])
 	if size > maxFrame {
-		return f, 0, fmt.Errorf("a frame %q of %d bytes, more than the %d that there can be: the peer does not speak this protocol", b[0], size, maxFrame)
+		return f, 0, fmt.Errorf("a frame %q of %d bytes, more than the %d that there can be: the peer does not use this protocol", b[0], size, maxFrame)
 	}
 	if len(b)-frameHeader < int(size) {
 		return f, 0, nil
@@ -108,7 +111,7 @@ func parseFrame(b []byte) (f frame, n int, err error) {
 		for {
 			l, w := uvarint(p)
 			if w == 0 || l > len(p)-w {
-				return f, 0, fmt.Errorf("a frame %q that is not made of records: the peer does not speak this protocol", f.kind)
+				return f, 0, fmt.Errorf("a frame %q that is not made of records: the peer does not use this protocol", f.kind)
 			}
 			field := p[w : w+l]
 			p = p[w+l:]
@@ -122,8 +125,8 @@ func parseFrame(b []byte) (f frame, n int, err error) {
 	return f, n, nil
 }
 
-// uvarint returns the number at the front of b and how many bytes it took; 0:
-// it is not a number, or one larger than a field can be.
+// uvarint returns the number at the front of b and its length, which is 0 if
+// there is no number or it is larger than a field can be.
 func uvarint(b string) (n, size int) {
 	for size < len(b) && size < 3 {
 		c := b[size]

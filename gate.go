@@ -10,40 +10,45 @@ import (
 	"time"
 )
 
+// Pausing and unpausing the calls that take what clients send.
+
 // past is a deadline that has passed.
 var past = time.Unix(1, 0)
 
-// A gate holds the calls back that take what clients send: accepting, or
-// reading packets. It can be quieted and resumed.
+// A gate pauses and unpauses the calls that receive from clients: Accept and
+// packet reads.
 //
-// epoch is odd while the gate is quiet. A call that began in another epoch
-// than it ended in was interrupted by the package, not by the caller's
-// deadline. mu guards the fields below it, every change of epoch and the
-// socket's deadline; it is held over no call that blocks.
+// The epoch is odd while the gate is paused. A call that began in another
+// epoch than it ended in was interrupted by the package, and not by the
+// caller's deadline. How a gate is paused: the epoch is set, then a deadline in
+// the past, which ends the calls that wait in the system; then barrier makes a
+// call of its own, whose lock lies behind every call in flight.
 type gate struct {
-	u     *Upgrader
-	e     *entry
-	side  side
-	raw   syscall.RawConn
-	epoch atomic.Uint64
+	// These do not change.
+	u    *Upgrader
+	e    *entry
+	side side
+	raw  syscall.RawConn
 
+	epoch atomic.Uint64 // read by every call, without the lock
+
+	// mu guards what follows, every change of epoch and the socket's deadline.
+	// It is held over no call that blocks.
 	mu       sync.Mutex
 	deadline time.Time     // the caller's
 	closed   bool          // by the caller
-	gone     bool          // by the package
-	changed  chan struct{} // if not nil: closed on the next change of any of these
+	detached bool          // by the package
+	changed  chan struct{} // closed on the next change of any of these; nil if nobody waits for one
 }
 
-// A side is what a gate is the gate of: a *listener or a *packetConn.
+// A side is what a gate pauses: a *listener or a *packetConn.
 type side interface {
-	socketDeadline(time.Time) error // sets that of the calls which are held back
-	drain()                         // returns when no call is in flight that began before that deadline
+	setSocketDeadline(time.Time) error // sets the deadline of the calls that the gate pauses
+	barrier()                          // returns when no call is in flight that began before a past deadline was set
 }
 
-func (g *gate) control(f func(fd uintptr)) error { return g.raw.Control(f) }
-
-// pass makes a call when the gate is open, and again each time that it was
-// interrupted by the package.
+// pass makes a call when the gate is open, and makes it again each time the
+// package has interrupted it.
 func (g *gate) pass(f func() error) error {
 	for {
 		epoch := g.epoch.Load()
@@ -60,13 +65,14 @@ func (g *gate) pass(f func() error) error {
 	}
 }
 
-// sleep waits until the epoch is over, the time is (0: without a limit), or
-// with an error until the socket is closed or the caller's deadline is over.
+// sleep waits until the epoch or the limit is over; a limit of 0 is none. It
+// returns an error if the socket was closed or the caller's deadline has passed.
+// A change of the gate's state wakes it.
 func (g *gate) sleep(epoch uint64, limit time.Duration) error {
 	var timer *time.Timer
 	for start := time.Now(); ; {
 		g.mu.Lock()
-		if g.closed || g.gone {
+		if g.closed || g.detached {
 			g.mu.Unlock()
 			return net.ErrClosed
 		}
@@ -106,7 +112,7 @@ func (g *gate) sleep(epoch uint64, limit time.Duration) error {
 	}
 }
 
-// wake makes those that sleep look again. g.mu is held.
+// wake makes the calls in sleep look again. g.mu is held.
 func (g *gate) wake() {
 	if g.changed != nil {
 		close(g.changed)
@@ -118,67 +124,68 @@ func (g *gate) wake() {
 func (g *gate) setDeadline(t time.Time) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.closed || g.gone {
+	if g.closed || g.detached {
 		return net.ErrClosed
 	}
 	g.deadline = t
 	g.wake()
 	if g.epoch.Load()%2 != 0 {
-		return nil // resume sets it
+		return nil // unpause sets it
 	}
-	return g.side.socketDeadline(t)
+	return g.side.setSocketDeadline(t)
 }
 
-// quiet returns when no call is in flight and none can begin.
-func (g *gate) quiet() {
+// pause returns when no call is in flight and none can begin.
+func (g *gate) pause() {
 	g.mu.Lock()
 	if g.epoch.Load()%2 == 0 {
 		g.epoch.Add(1)
 	}
-	_ = g.side.socketDeadline(past) // fails only when closed, which is as quiet
+	_ = g.side.setSocketDeadline(past) // fails only when closed, which is as quiet
 	g.wake()
 	g.mu.Unlock()
-	g.side.drain()
+	g.side.barrier()
 }
 
-// resume opens a quiet gate. The deadline comes first: a call that sees the new
-// epoch must not find the old deadline.
-func (g *gate) resume() {
+// unpause opens a paused gate. The deadline comes first, because a call that
+// sees the new epoch must not find the old deadline.
+func (g *gate) unpause() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.epoch.Load()%2 == 0 {
 		return
 	}
-	_ = g.side.socketDeadline(g.deadline)
+	_ = g.side.setSocketDeadline(g.deadline)
 	g.epoch.Add(1)
 	g.wake()
 }
 
-// leave makes the calls fail on the package's account: the caller's Close,
+// detachGate makes the calls fail on the package's account. The caller's Close,
 // which comes later, is not an error.
-func (g *gate) leave() {
+func (g *gate) detachGate() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.gone = true
+	g.detached = true
 	g.wake()
 }
 
-// close is the caller's Close, but for the socket's own: it makes the calls
-// fail, withdraws the socket from what is handed on, and removes its file if
-// it has one and this process owns it.
-func (g *gate) close() (gone bool, err error) {
+// close is the caller's Close, except for closing the socket itself: it makes
+// the calls fail, withdraws the socket from what is handed on, and removes its
+// file if it has one and this process owns it. It does not wait for the
+// predecessor.
+func (g *gate) close() (detached bool, err error) {
 	g.mu.Lock()
-	closed, gone := g.closed, g.gone
+	closed, detached := g.closed, g.detached
 	g.closed = true
 	g.wake()
 	g.mu.Unlock()
 	if closed {
-		return gone, net.ErrClosed
+		return detached, net.ErrClosed
 	}
-	if g.u.withdraw(g.e) && !gone {
-		// Whose socket is gone, its file was seen to: a file with that name
-		// and even that inode may be another process's by now.
+	if g.u.withdraw(g.e) && !detached {
+		// A detached socket's file has been seen to. A file with that name and
+		// even that inode may be another process's by now.
 		g.e.removeFile()
 	}
-	return gone, nil
+	return detached, nil
 }

@@ -168,7 +168,7 @@ func toErrMsg(err error) *errMsg {
 	}
 	var ue *ecdysis.UpgradeError
 	if errors.As(err, &ue) {
-		m.Step, m.PID = ue.Step, ue.PID
+		m.Step, m.PID = string(ue.Step), ue.PID
 		if ue.State != nil {
 			m.How = ue.State.String()
 		}

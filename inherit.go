@@ -12,119 +12,140 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inherit takes what the older process hands on, after its first frame. The
-// zero deadline is none.
-func (u *Upgrader) inherit(f frame, deadline time.Time) error {
-	generation, err := strconv.Atoi(f.first("generation"))
+// The successor's side of handing on: receiving what comes, and checking each
+// descriptor against what is said of it.
+
+// receiveInheritance receives what the predecessor hands on after its HELLO.
+// The zero deadline is none.
+func (u *Upgrader) receiveInheritance(hello frame, deadline time.Time) error {
+	generation, err := strconv.Atoi(hello.first("generation"))
 	if err != nil || generation < 0 {
-		return fmt.Errorf("the older process says that its generation is %q; want a number", f.first("generation"))
+		return fmt.Errorf("the predecessor says that its generation is %q; want a number", hello.first("generation"))
 	}
 	u.generation = generation + 1
-	for {
-		f, err := u.parent.read(deadline)
-		if err == io.EOF {
-			break // it has died; what it could not hand on is bound anew
-		}
-		if err != nil {
-			return u.disinherit(err)
-		}
-		switch f.kind {
-		case frameSockets:
-			for i, r := range f.records {
-				e, err := inheritedEntry(r, f.fds[i])
-				if err != nil {
-					closeAll(f.fds[i:])
-					return u.disinherit(err)
-				}
-				switch e.kind {
-				case kindState:
-					u.state.close() // there is one at most
-					u.state = newStateReader(e)
-				case kindOlder:
-					u.reg.entries = append(u.reg.entries, e)
-				default:
-					u.reg.inherited = append(u.reg.inherited, e)
-				}
-			}
-			_ = u.parent.send(frameAck, nil, nil) // fails only if nobody waits for it
-			continue
-		case frameAbort:
-			return u.disinherit(ErrAborted)
-		case frameEnd:
-		default:
-			continue // of a later version
-		}
-		break
+	if err := u.receiveEntries(deadline); err != nil {
+		u.disinherit()
+		return err
 	}
-	u.reg.entries = append(u.reg.entries, &entry{kind: kindOlder, name: strconv.Itoa(generation), fd: -1, sock: u.parent, inherited: true})
-	u.reg.index()
+	u.reg.ancestors = append(u.reg.ancestors, &entry{
+		wire:      wire{kind: kindAncestor, name: strconv.Itoa(generation)},
+		inherited: true,
+		raw:       u.pred.s.raw,
+	})
 	return nil
 }
 
-func (u *Upgrader) disinherit(err error) error {
-	u.state.close()
-	for _, e := range slices.Concat(u.reg.inherited, u.reg.entries) {
-		e.drop()
+// receiveEntries returns when all has come. That is also the case if the
+// predecessor has died: what it could not hand on is bound anew.
+func (u *Upgrader) receiveEntries(deadline time.Time) error {
+	for {
+		f, err := u.pred.s.read(deadline)
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		switch f.kind {
+		case frameEnd:
+			return nil
+		case frameAbort:
+			return ErrAborted
+		case frameSockets:
+			if err := u.receiveBatch(f); err != nil {
+				return err
+			}
+		default: // a frame of a later version
+		}
 	}
-	u.reg.inherited, u.reg.entries = nil, nil
-	return err
 }
 
-// inheritedEntry checks a descriptor against what is said of it. One of a kind
-// that a later version knows is there for nobody to ask for.
-func inheritedEntry(r record, fd int) (*entry, error) {
-	e := &entry{inherited: true, fd: fd, kind: r.get("kind"), name: r.get("name"), network: r.get("network"), address: r.get("address"), at: r.get("at"), keep: r.get("keep") == "1", foreign: r.get("foreign") == "1", path: r.get("path")}
-	wrong := func(format string, args ...any) (*entry, error) {
-		return nil, fmt.Errorf("inherited descriptor for %s: %s", e.label(), fmt.Sprintf(format, args...))
-	}
-	switch e.kind {
-	case kindListener, kindPacket, kindPair, kindConn:
-		typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+func (u *Upgrader) receiveBatch(f frame) error {
+	for i, r := range f.records {
+		e, err := inheritedEntry(r, f.fds[i])
 		if err != nil {
-			return wrong("it is no socket: %v", os.NewSyscallError("getsockopt", err))
+			closeAll(f.fds[i:])
+			return err
 		}
-		if e.kind == kindListener || e.kind == kindPacket {
-			if err := e.checkBound(typ); err != nil {
-				return wrong("%v", err)
-			}
-		}
-	case kindState:
-		var st unix.Stat_t
-		var err error
-		e.size, err = strconv.ParseInt(r.get("size"), 10, 64)
-		if err != nil || unix.Fstat(fd, &st) != nil || e.size < 0 || int64(st.Size) < e.size {
-			return wrong("%q bytes were announced and it has %d", r.get("size"), st.Size)
+		switch e.kind {
+		case kindState:
+			u.state.close() // there is one at most
+			u.state = newStateReader(e)
+		case kindAncestor:
+			u.reg.ancestors = append(u.reg.ancestors, e)
+		default:
+			u.reg.inherited = append(u.reg.inherited, e)
 		}
 	}
-	if e.path != "" {
-		var err1, err2 error
-		e.dev, err1 = strconv.ParseUint(r.get("dev"), 10, 64)
-		e.ino, err2 = strconv.ParseUint(r.get("ino"), 10, 64)
-		if err1 != nil || err2 != nil {
-			return wrong("its file is device %q, inode %q; want numbers", r.get("dev"), r.get("ino"))
-		}
+	_ = u.pred.s.send(frameAck, nil, nil) // fails only if the predecessor is gone
+	return nil
+}
+
+// disinherit closes what has come.
+func (u *Upgrader) disinherit() {
+	u.state.close()
+	for _, e := range slices.Concat(u.reg.inherited, u.reg.ancestors) {
+		e.closeBare()
+	}
+	u.reg.inherited, u.reg.ancestors = nil, nil
+}
+
+// inheritedEntry checks a descriptor against its record. One of a kind that
+// only a later version knows is kept, and closed by Ready like everything that
+// nobody asks for.
+func inheritedEntry(r record, fd int) (*entry, error) {
+	w, err := decodeWire(r)
+	e := &entry{wire: w, inherited: true, state: unclaimed, raw: rawFD(fd)}
+	if err == nil {
+		err = e.check(fd)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("inherited descriptor for %s: %w", w.label(), err)
 	}
 	return e, nil
 }
 
-// checkBound reports, as an error, that a descriptor is not the socket that
-// clients find at e's address.
-func (e *entry) checkBound(typ int) error {
+// check returns an error if fd is not what e says.
+func (e *entry) check(fd int) error {
+	switch e.kind {
+	case kindListener, kindPacket, kindPair, kindConn:
+		typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+		if err != nil {
+			return fmt.Errorf("it is no socket: %w", os.NewSyscallError("getsockopt", err))
+		}
+		if e.kind == kindListener || e.kind == kindPacket {
+			return e.checkBound(fd, typ)
+		}
+	case kindState:
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			return os.NewSyscallError("fstat", err)
+		}
+		if st.Size < e.size {
+			return fmt.Errorf("%d bytes were announced and it has %d", e.size, st.Size)
+		}
+	}
+	return nil
+}
+
+// checkBound returns an error if fd is not the socket that clients find at e's
+// address.
+func (e *entry) checkBound(fd, typ int) error {
 	want, isUnix := socketType(e.network)
 	if typ != want {
 		return fmt.Errorf("it is a socket of type %d; want %d", typ, want)
 	}
 	if e.kind == kindListener {
-		if ok, err := isListening(e.fd); err == nil && !ok {
+		if ok, err := isListening(fd); err == nil && !ok {
 			return errors.New("it does not listen")
 		}
 	}
-	sa, at, err := boundTo(e.fd, typ)
+	sa, key, err := boundTo(fd, typ)
 	if err != nil {
 		return err
 	}
-	if _, ok := sa.(*unix.SockaddrUnix); ok != isUnix || at != e.at {
-		return fmt.Errorf("it is bound to %q; want %q", at, e.at)
+	if _, ok := sa.(*unix.SockaddrUnix); ok != isUnix || key != e.boundKey {
+		return fmt.Errorf("it is bound to %q; want %q", key, e.boundKey)
 	}
 	return nil
 }

@@ -72,43 +72,42 @@ func (u *Upgrader) Listen(network, address string) (net.Listener, error) {
 // The error wraps a *net.OpError, or is ErrInProgress during an upgrade,
 // ErrUpgraded, ErrStopped or ErrAborted after it.
 func (u *Upgrader) ListenWith(lc ListenConfig, network, address string) (net.Listener, error) {
-	s, err := u.obtain(lc, kindListener, network, address)
+	s, err := u.listenOrInherit(lc, kindListener, network, address)
 	if err != nil {
 		return nil, err
 	}
 	return s.(*listener).public(), nil
 }
 
-// obtain returns the inherited socket for the address, or a new one.
-func (u *Upgrader) obtain(lc ListenConfig, kind, network, address string) (socket, error) {
-	fail := func(a net.Addr, err error) (socket, error) {
+// listenOrInherit returns the inherited socket for the address, or a new one.
+func (u *Upgrader) listenOrInherit(lc ListenConfig, kind, network, address string) (pausable, error) {
+	asked := askedAddr{network, address}
+	fail := func(a net.Addr, err error) (pausable, error) {
 		return nil, fmt.Errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: network, Addr: a, Err: err})
 	}
-	asked := askedAddr{network, address}
 	if err := lc.check(kind, network, address); err != nil {
 		return fail(asked, err)
 	}
-	// The same words need no look-up, which may ask a name server.
-	s, err := u.claim(asked, func(r *registry) *entry { return r.claimWords(network, address) })
+	// Equal words need no look-up, which may ask a name server.
+	s, err := u.claim(asked, func(r *registry) *entry { return r.findWords(network, address) })
 	if s != nil || err != nil {
 		return s, err
 	}
-	p, err := resolve(network, address)
+	a, err := resolve(network, address)
 	if err != nil {
 		return fail(asked, err)
 	}
-	s, err = u.claim(asked, func(r *registry) *entry { return r.claimPlace(p) })
+	s, err = u.claim(asked, func(r *registry) *entry { return r.findAddr(a) })
 	if s != nil || err != nil {
 		return s, err
 	}
-	e, err := p.open(kind, lc)
+	e, err := a.open(kind, lc)
 	if err != nil {
-		return fail(p.addr, err)
+		return fail(a.addr, err)
 	}
-	s, err = u.claim(asked, func(*registry) *entry { return e })
-	if err != nil {
+	if s, err = u.claim(asked, func(*registry) *entry { return e }); err != nil {
 		e.removeFile()
-		e.drop()
+		e.closeBare()
 		return nil, err
 	}
 	return s, nil
@@ -151,37 +150,37 @@ type netListener interface {
 	SetDeadline(time.Time) error
 }
 
-// A listener is a net.Listener whose accept loop can be quieted and resumed.
+// A listener is a net.Listener whose accept loop can be paused and unpaused.
 type listener struct {
 	gate
-	ln netListener
+	ln     netListener
+	silent bool // a control socket's: its loop calls no hook
 }
 
-// newListener takes e's descriptor into net's hands, or closes it. The
-// listener is quiet.
-func newListener(u *Upgrader, e *entry) (*listener, error) {
-	// net makes a copy of its own, which is close-on-exec from birth.
-	f := os.NewFile(uintptr(e.fd), "")
-	e.fd = -1
-	ln, err := net.FileListener(f)
+// newListener makes e a listener, which takes the descriptor over. With an
+// error the descriptor is closed. The listener is paused.
+func newListener(u *Upgrader, e *entry) error {
+	f := os.NewFile(uintptr(e.moveOut()), "")
+	ln, err := net.FileListener(f) // makes a copy of its own, close-on-exec from birth
 	f.Close()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	nl, ok := ln.(netListener)
 	if !ok {
 		ln.Close()
-		return nil, fmt.Errorf("a %T cannot be quieted", ln)
+		return fmt.Errorf("a %T cannot be paused", ln)
 	}
 	raw, err := nl.SyscallConn()
 	if err != nil {
 		ln.Close()
-		return nil, err
+		return err
 	}
 	l := &listener{gate: gate{u: u, e: e, raw: raw}, ln: nl}
 	l.side = l
 	l.epoch.Store(1)
-	return l, nil
+	e.raw, e.sock = raw, l
+	return nil
 }
 
 // public returns l as its callers know it.
@@ -198,7 +197,7 @@ func (l *listener) SyscallConn() (syscall.RawConn, error) { return l.ln.SyscallC
 
 func (l *listener) Accept() (net.Conn, error) {
 	var c net.Conn
-	for pause := time.Duration(0); ; {
+	for wait := time.Duration(0); ; {
 		epoch := l.epoch.Load()
 		err := l.pass(func() (err error) {
 			c, err = l.ln.Accept()
@@ -210,10 +209,13 @@ func (l *listener) Accept() (net.Conn, error) {
 		if errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
 			return nil, l.opError("accept", err)
 		}
-		// Nothing that the caller did, and it would end the caller's loop:
-		// the process would go on holding a socket that it never answers.
-		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-		if err := l.sleep(epoch, pause); err != nil {
+		// The caller has not caused it, and it would end the caller's loop: the
+		// process would go on holding a socket that it never answers.
+		if !errors.Is(err, syscall.ECONNABORTED) && !l.silent {
+			l.u.notifyAcceptError(l.opError("accept", err))
+		}
+		wait = min(max(2*wait, 5*time.Millisecond), time.Second)
+		if err := l.sleep(epoch, wait); err != nil {
 			return nil, l.opError("accept", err)
 		}
 	}
@@ -235,31 +237,31 @@ func (l *listener) SetDeadline(t time.Time) error {
 	return nil
 }
 
-func (l *listener) socketDeadline(t time.Time) error { return l.ln.SetDeadline(t) }
+func (l *listener) setSocketDeadline(t time.Time) error { return l.ln.SetDeadline(t) }
 
-// drain accepts, to take nothing, because the time for it has passed: the call
-// gets ln's read lock after every accept in flight, and those that come after
-// it find the deadline.
-func (l *listener) drain() {
+// barrier accepts, and takes nothing because the deadline has passed. The call
+// gets ln's read lock after every accept in flight, and those after it find the
+// deadline.
+func (l *listener) barrier() {
 	if c, err := l.ln.Accept(); err == nil {
 		c.Close()
 	}
 }
 
-// shut closes the socket on the package's account.
-func (l *listener) shut() {
-	l.leave()
+// detach closes the socket on the package's account.
+func (l *listener) detach() {
+	l.detachGate()
 	_ = l.ln.Close()
 }
 
 // Close makes Accept fail with net.ErrClosed, withdraws the socket from what
 // is handed on, and removes its file if it has one and this process owns it.
 func (l *listener) Close() error {
-	gone, err := l.close()
+	detached, err := l.close()
 	if err != nil {
 		return l.opError("close", err)
 	}
-	if gone {
+	if detached {
 		return nil
 	}
 	return l.ln.Close()

@@ -99,7 +99,7 @@ func makeMany(d *daemon, n int, dir string) (list []string, err error) {
 			list = append(list, fmt.Sprint("content ", i))
 		case 7:
 			_, down, err := d.u.DatagramPair(fmt.Sprint("pair ", i))
-			if err != nil {
+			if err != nil && !notThere(err) {
 				return nil, err
 			}
 			if _, err := fmt.Fprintln(down, i); err != nil {

@@ -30,7 +30,7 @@ func (u *Upgrader) ListenPacket(network, address string) (net.PacketConn, error)
 // Close withdraws the socket from what is handed on, and removes its file, as
 // Close of a listener does. The errors are those of ListenWith.
 func (u *Upgrader) ListenPacketWith(lc ListenConfig, network, address string) (net.PacketConn, error) {
-	s, err := u.obtain(lc, kindPacket, network, address)
+	s, err := u.listenOrInherit(lc, kindPacket, network, address)
 	if err != nil {
 		return nil, err
 	}
@@ -44,37 +44,37 @@ type netPacketConn interface {
 	syscall.Conn
 }
 
-// A packetConn is a socket for packets whose read side can be quieted and
-// resumed.
+// A packetConn is a socket for packets whose read side can be paused and
+// unpaused.
 type packetConn struct {
 	gate
 	c netPacketConn
 }
 
-// newPacketConn takes e's descriptor into net's hands, or closes it. Its read
-// side is quiet.
-func newPacketConn(u *Upgrader, e *entry) (*packetConn, error) {
-	f := os.NewFile(uintptr(e.fd), "")
-	e.fd = -1
-	c, err := net.FilePacketConn(f)
-	f.Close() // net has made a copy of its own
+// newPacketConn makes e a packetConn, which takes the descriptor over. With an
+// error the descriptor is closed. The read side is paused.
+func newPacketConn(u *Upgrader, e *entry) error {
+	f := os.NewFile(uintptr(e.moveOut()), "")
+	c, err := net.FilePacketConn(f) // makes a copy of its own
+	f.Close()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	pc, ok := c.(netPacketConn)
 	if !ok {
 		c.Close()
-		return nil, net.UnknownNetworkError(c.LocalAddr().Network())
+		return net.UnknownNetworkError(c.LocalAddr().Network())
 	}
 	raw, err := pc.SyscallConn()
 	if err != nil {
 		c.Close()
-		return nil, err
+		return err
 	}
 	p := &packetConn{gate: gate{u: u, e: e, raw: raw}, c: pc}
 	p.side = p
 	p.epoch.Store(1)
-	return p, nil
+	e.raw, e.sock = raw, p
+	return nil
 }
 
 // public returns p as its callers know it.
@@ -85,14 +85,14 @@ func (p *packetConn) public() net.PacketConn {
 	return &UnixgramConn{p.c.(*net.UnixConn), p}
 }
 
-func (p *packetConn) socketDeadline(t time.Time) error { return p.c.SetReadDeadline(t) }
+func (p *packetConn) setSocketDeadline(t time.Time) error { return p.c.SetReadDeadline(t) }
 
-// drain reads, to take nothing, because the time for it has passed: the call
+// barrier reads, and takes nothing because the deadline has passed. The call
 // gets the read lock after every read in flight.
-func (p *packetConn) drain() { _ = p.raw.Read(func(uintptr) bool { return true }) }
+func (p *packetConn) barrier() { _ = p.raw.Read(func(uintptr) bool { return true }) }
 
-// shut ends reading. The socket is the caller's, who may have to answer.
-func (p *packetConn) shut() { p.leave() }
+// detach ends reading. The socket is the caller's, who may have to answer.
+func (p *packetConn) detach() { p.detachGate() }
 
 // read makes a call that reads.
 func (p *packetConn) read(f func() error) error {

@@ -4,19 +4,54 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
+
+// The predecessor as its successor sees it: how it is found, what it says
+// after READY, and when it has no say any more.
 
 // envName is the variable by which a successor finds its end of the stream
 // and knows whose end the other one is: "fd=3 pid=1234 uid=0".
 const envName = "ECDYSIS_PARENT"
 
-// openInheritance returns the stream to the older process; nil: there is
-// none. The variable is taken out of the environment.
+// handoverTimeout bounds what a successor does between COMMIT and DONE, a
+// rename and the caller's hook for EventReady, and the wait for FINAL.
+const handoverTimeout = 5 * time.Second
+
+// pollInterval is the longest that Upgrade and Ready wait for the other
+// process without a look at everything else.
+const pollInterval = 100 * time.Millisecond
+
+// A predecessor is the older process. In the first process of a chain its
+// stream is nil, and it has no say from the start.
+type predecessor struct {
+	s       *stream       // has locks of its own
+	final   chan struct{} // closed when the older process has no say any more: it has sent FINAL or has ended
+	once    sync.Once     // closes final
+	standby atomic.Bool   // it stands by for its Probation, and FINAL comes after that
+}
+
+// newPredecessor returns the process at the other end of s. A nil s means that
+// there is none.
+func newPredecessor(s *stream) *predecessor {
+	p := &predecessor{s: s, final: make(chan struct{})}
+	if s == nil {
+		p.once.Do(func() { close(p.final) })
+	}
+	return p
+}
+
+// openInheritance returns the stream to the process that has started this one,
+// or nil if it was not started as a successor. It takes the variable out of
+// the environment.
 func openInheritance() (*stream, error) {
 	value, ok := os.LookupEnv(envName)
 	if !ok {
@@ -50,7 +85,8 @@ func openStream(value string) (*stream, error) {
 	if err != nil || typ != unix.SOCK_STREAM {
 		return nil, fmt.Errorf("descriptor %d is not a stream socket", fd)
 	}
-	// Systems that do not tell for a socket pair are taken at their word.
+	// Some systems do not tell who made a socket pair. There the variable is
+	// believed.
 	if peer, err := peerCred(fd); err == nil && (peer.UID != uid || peer.PID != 0 && peer.PID != pid) {
 		return nil, fmt.Errorf("descriptor %d leads to process %d of user %d", fd, peer.PID, peer.UID)
 	}
@@ -63,33 +99,100 @@ func openStream(value string) (*stream, error) {
 
 func checkVersion(f frame) error {
 	if v := f.first("version"); v != protocolVersion {
-		return fmt.Errorf("the other process speaks version %q of the protocol, this one %s", v, protocolVersion)
+		return fmt.Errorf("the other process uses version %q of the protocol, this one %s", v, protocolVersion)
 	}
 	return nil
 }
 
-// checkHello checks the first frame of an older process.
+// checkHello checks the first frame of a predecessor.
 func checkHello(f frame) error {
 	if f.kind != frameHello {
-		return fmt.Errorf("the older process began with a frame %q; want %q: it does not speak this protocol", f.kind, frameHello)
+		return fmt.Errorf("the predecessor began with a frame %q; want %q: it does not use this protocol", f.kind, frameHello)
 	}
 	return checkVersion(f)
 }
 
-// WaitForParent waits until the older process has exited, or until ctx is
-// done, with an error that wraps ctx's. In the first process it returns nil at
-// once; before Ready has succeeded it returns ErrNotReady.
+// hello returns the first frame of a predecessor that has started this
+// process.
+func (p *predecessor) hello() (frame, error) {
+	f, err := p.s.read(time.Time{})
+	if err != nil {
+		return f, fmt.Errorf("the predecessor has sent nothing: %w", err)
+	}
+	return f, checkHello(f)
+}
+
+// awaitCommit sends READY, with the paths of the sockets that nobody has asked
+// for, and returns when the predecessor has sent COMMIT or has ended (orphan).
+// It returns ErrStopped soon after mustStop reports true.
+func (p *predecessor) awaitCommit(unclaimed []string, mustStop func() bool) (orphan bool, err error) {
+	r := record{"pid=" + strconv.Itoa(os.Getpid())}
+	size := 0
+	for _, path := range unclaimed {
+		size += len(path) + 16
+		if size > maxFrame/2 {
+			break // the files of the others stay, and are found stale
+		}
+		r = append(r, "unclaimed="+path)
+	}
+	if err := p.s.send(frameReady, []record{r}, nil); err != nil && err != io.EOF {
+		return false, fmt.Errorf("ecdysis: ready: %w", err)
+	}
+	for {
+		f, err := p.s.read(time.Now().Add(pollInterval))
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			if mustStop() {
+				return false, ErrStopped
+			}
+		case err == io.EOF:
+			return true, nil
+		case err != nil:
+			return false, fmt.Errorf("ecdysis: ready: %w", err)
+		case f.kind == frameAbort:
+			return false, ErrAborted
+		case f.kind == frameCommit:
+			p.standby.Store(f.first("probation") != "0")
+			return false, nil
+		}
+	}
+}
+
+// isFinal reports whether the predecessor is known to have no say any more.
+func (p *predecessor) isFinal() bool {
+	select {
+	case <-p.final:
+		return true
+	default:
+		return false
+	}
+}
+
+// handleFinal takes a frame, or the end of the stream, that has come after
+// READY was answered. It reports whether the predecessor has no say any more.
+func (p *predecessor) handleFinal(f frame, err error) bool {
+	if err == nil && f.kind != frameFinal {
+		return false
+	}
+	p.once.Do(func() {
+		close(p.final)
+		p.s.wakeReader()
+	})
+	return true
+}
+
+// WaitForParent waits until the predecessor has exited. It returns an error
+// that wraps ctx's if ctx is done first. It returns nil at once in the first
+// process of a chain, and ErrNotReady before Ready has succeeded.
 func (u *Upgrader) WaitForParent(ctx context.Context) error {
-	if u.parent == nil {
+	if u.first() {
 		return nil
 	}
-	select {
-	case <-u.ready:
-	default:
+	if !u.life.isReady() {
 		return ErrNotReady
 	}
-	err := u.parent.wait(ctx, nil, func(f frame, err error) bool {
-		u.hear(f, err)
+	err := u.pred.s.wait(ctx, nil, func(f frame, err error) bool {
+		u.handle(f, err)
 		return err != nil
 	})
 	if err != nil {
@@ -98,55 +201,47 @@ func (u *Upgrader) WaitForParent(ctx context.Context) error {
 	return nil
 }
 
-// hear takes a frame, or the end of the stream, that came from the old
-// process after this one was ready. It reports whether the old process has no
-// say any more.
-func (u *Upgrader) hear(f frame, err error) bool {
-	if err == nil && f.kind != frameFinal {
-		return false
+// handle takes what the predecessor sends after this process is ready. It
+// reports whether the predecessor has no say any more.
+func (u *Upgrader) handle(f frame, err error) bool {
+	final := u.pred.handleFinal(f, err)
+	if final {
+		u.removeDropped()
 	}
-	u.mu.Lock()
-	select {
-	case <-u.settled:
-		u.mu.Unlock()
-		return true
-	default:
-	}
-	close(u.settled)
-	u.mu.Unlock()
-	u.parent.wakeReader()
-	u.removeDropped()
-	return true
+	return final
 }
 
-// settle reports whether this process is on its own: whether the old one has
-// made the upgrade final or has died. If the old one does not stand by, its
-// word is on its way, and settle waits for it.
-func (u *Upgrader) settle() bool {
-	select {
-	case <-u.settled:
-		return true
-	default:
-	}
-	u.mu.Lock()
-	p, standby := u.phase, u.standby
-	u.mu.Unlock()
-	if p == starting || p == readying || p == refused {
-		return false // what the stream says now is for Ready to hear
-	}
-	if f, err := u.parent.next(); err != errAgain && u.hear(f, err) {
+// independent reports whether the predecessor has no say any more. It looks at
+// what has come, and does not wait.
+func (u *Upgrader) independent() bool {
+	if u.pred.isFinal() {
 		return true
 	}
-	if standby {
+	if !u.life.isReady() {
+		return false // what comes now is for Ready
+	}
+	for {
+		f, err := u.pred.s.next()
+		if err == errAgain {
+			return u.pred.isFinal()
+		}
+		if u.handle(f, err) {
+			return true
+		}
+	}
+}
+
+// awaitIndependence is independent, except that it waits for FINAL if that is
+// on its way: if the predecessor does not stand by.
+func (u *Upgrader) awaitIndependence() bool {
+	if u.independent() {
+		return true
+	}
+	if !u.life.isReady() || u.pred.standby.Load() {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), handoverTimeout)
 	defer cancel()
-	_ = u.parent.wait(ctx, u.settled, u.hear)
-	select {
-	case <-u.settled:
-		return true
-	default:
-		return false
-	}
+	_ = u.pred.s.wait(ctx, u.pred.final, u.handle)
+	return u.pred.isFinal()
 }

@@ -5,47 +5,39 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strconv"
-	"time"
 )
 
-// Ready tells the older process that this one can serve, and returns nil when
-// it does: the older one accepts no more, and the listeners here do. In the
-// first process that is at once. It also returns nil if the older process has
-// died meanwhile, and if this process serves already.
-//
-// It returns ErrAborted if the older process has given this one up, or Fail was
-// called: the listeners stay quiet for good. It returns ErrStopped if Stop was
-// called, ErrUpgraded if this process has been replaced, and ErrInProgress
-// while another call of Ready runs. Any other error means that the PID file
-// could not be written, or that the older process talks nonsense. It has been
-// told and serves on; a first process may call Ready again.
-func (u *Upgrader) Ready() error {
-	u.mu.Lock()
-	p := u.phase
-	if p == starting {
-		u.phase = readying
-	}
-	u.mu.Unlock()
-	switch p {
-	case starting:
-		return u.becomeReady()
-	case serving, preparing, upgrading:
-		return nil
-	default:
-		return p.refusal()
-	}
-}
+// From the start of a process to the moment at which it serves.
 
-func (u *Upgrader) becomeReady() (err error) {
-	over := false
+// Ready tells the predecessor that this process can serve. It returns nil when
+// this process does: the predecessor accepts no more, and the listeners here
+// do. In the first process that is at once. Ready also returns nil if the
+// predecessor has died meanwhile, and if this process serves already.
+//
+// It returns ErrAborted if the predecessor has given this process up, or Fail
+// was called: the listeners stay paused for good. It returns ErrStopped if Stop
+// was called, ErrUpgraded if this process has been replaced, and ErrInProgress
+// while another call of Ready runs. Any other error means that the PID file
+// could not be written, or that the predecessor does not follow the protocol.
+// The predecessor is told and serves on. A first process may call Ready again.
+func (u *Upgrader) Ready() error {
+	if !u.life.made() {
+		return errZero
+	}
+	u.mu.Lock()
+	run, err := u.life.beginReady()
+	u.mu.Unlock()
+	if !run {
+		return err
+	}
+	returned := false
 	defer func() {
-		if !over { // a hook has panicked or ended the goroutine
+		if !returned { // a hook has panicked or ended the goroutine
 			_ = u.notReady(errors.New("a hook did not return"))
 		}
 	}()
-	err = u.takeOver()
-	over = true
+	err = u.becomeServing()
+	returned = true
 	if err != nil {
 		return u.notReady(err)
 	}
@@ -55,15 +47,15 @@ func (u *Upgrader) becomeReady() (err error) {
 	return nil
 }
 
-// takeOver brings this process from readying to serving.
-func (u *Upgrader) takeOver() error {
+// becomeServing brings this process from readying to serving.
+func (u *Upgrader) becomeServing() error {
 	pidFile, err := writePIDFile(u.opts.PIDFile)
 	if err != nil {
 		return fmt.Errorf("ecdysis: ready: %w", err)
 	}
 	orphan := false
-	if u.parent != nil {
-		if orphan, err = u.awaitCommit(); err != nil {
+	if !u.first() {
+		if orphan, err = u.pred.awaitCommit(u.unclaimedPaths(), u.mustStop); err != nil {
 			pidFile.discard()
 			return err
 		}
@@ -73,10 +65,10 @@ func (u *Upgrader) takeOver() error {
 	u.mu.Unlock()
 	event := Event{Kind: EventReady, PID: os.Getpid(), Generation: u.generation, Unclaimed: u.unclaimed()}
 	if err := pidFile.commit(); err != nil {
-		if u.parent == nil {
+		if u.first() {
 			return fmt.Errorf("ecdysis: ready: %w", err)
 		}
-		event.Err = err // too late to refuse: nobody else serves
+		event.Err = err // it is too late to fail, because nobody else serves
 	}
 	u.notify(event)
 	if u.mustStop() {
@@ -84,17 +76,16 @@ func (u *Upgrader) takeOver() error {
 	}
 	switch {
 	case orphan:
-		u.hear(frame{}, io.EOF)
-	case u.parent != nil:
-		_ = u.parent.send(frameDone, nil, nil) // fails only if nobody waits for it
+		u.handle(frame{}, io.EOF)
+	case !u.first():
+		_ = u.pred.s.send(frameDone, nil, nil) // fails only if the predecessor is gone
 	}
 
 	u.mu.Lock()
-	u.phase = serving
-	close(u.ready) // before a control socket accepts: who waits there for Ready must find it done
-	dropped := u.reg.takeInherited()
+	u.life.serve() // before a control socket accepts: its clients may rely on Ready
+	dropped := u.reg.endClaiming()
 	for _, e := range u.reg.entries {
-		e.resume()
+		e.unpause()
 	}
 	u.mu.Unlock()
 	u.drop(dropped)
@@ -102,58 +93,13 @@ func (u *Upgrader) takeOver() error {
 	return nil
 }
 
-// awaitCommit says READY and returns when the older process has given its
-// word (false) or has died (true).
-func (u *Upgrader) awaitCommit() (orphan bool, err error) {
-	r := record{"pid=" + strconv.Itoa(os.Getpid())}
-	size := 0
-	u.mu.Lock()
-	for _, e := range u.reg.unclaimed() {
-		if e.path == "" {
-			continue
-		}
-		size += len(e.path) + 16
-		if size > maxFrame/2 {
-			break // the files of the others stay, to be found stale
-		}
-		r = append(r, "unclaimed="+e.path)
-	}
-	u.mu.Unlock()
-	if err := u.parent.send(frameReady, []record{r}, nil); err != nil && err != io.EOF {
-		return false, fmt.Errorf("ecdysis: ready: %w", err)
-	}
-	for {
-		f, err := u.parent.read(time.Now().Add(slice))
-		switch {
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			if u.mustStop() {
-				return false, ErrStopped
-			}
-		case err == io.EOF:
-			return true, nil
-		case err != nil:
-			return false, fmt.Errorf("ecdysis: ready: %w", err)
-		case f.kind == frameAbort:
-			return false, ErrAborted
-		case f.kind == frameCommit:
-			u.mu.Lock()
-			u.standby = f.first("probation") != "0"
-			u.mu.Unlock()
-			return false, nil
-		}
-	}
-}
-
 // notReady ends a call of Ready that has failed.
 func (u *Upgrader) notReady(err error) error {
 	u.mu.Lock()
-	u.phase = starting
-	if u.parent != nil {
-		u.phase = refused
-	}
+	u.life.readyFailed(u.first())
 	u.mu.Unlock()
-	if u.parent != nil {
-		u.parent.sendFail(err)
+	if !u.first() {
+		u.pred.s.sendFail(err)
 	}
 	if u.stopPending() {
 		return ErrStopped
@@ -161,22 +107,19 @@ func (u *Upgrader) notReady(err error) error {
 	return err
 }
 
-// Fail tells the older process that this one cannot become ready, and why: the
-// text of reason is in the error of its Upgrade. The listeners here stay quiet
-// for good, and the caller should exit. In the first process, and after Ready,
-// it does nothing. Fail returns reason.
+// Fail tells the predecessor that this process cannot become ready, and why:
+// the text of reason is in the error of its Upgrade. The listeners here stay
+// paused for good, and the caller should exit. Fail does nothing in the first
+// process, and after Ready. It returns reason.
 func (u *Upgrader) Fail(reason error) error {
-	if u.parent == nil {
+	if u.pred == nil || u.first() {
 		return reason
 	}
 	u.mu.Lock()
-	failed := u.phase == starting
-	if failed {
-		u.phase = refused
-	}
+	failed := u.life.fail()
 	u.mu.Unlock()
 	if failed {
-		u.parent.sendFail(reason)
+		u.pred.s.sendFail(reason)
 	}
 	return reason
 }

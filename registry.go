@@ -6,48 +6,61 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// A registry is what this process holds and what it has inherited. It is
-// guarded by Upgrader.mu.
+// What this process holds and what it has inherited: finding it, registering
+// it, withdrawing it, and whose file is whose.
+
+// A registry is what this process holds and what it has inherited. Upgrader.mu
+// guards it. Its methods are called with the lock held.
 type registry struct {
-	entries   []*entry // in the order in which they were added
-	adopted   []*entry // of these, sockets from AddFile that nobody has asked for yet
-	inherited []*entry // in the older process's order
+	entries   []*entry // held, in the order in which they were added
+	adopted   []*entry // the sockets among entries that AddFile has brought and nobody has asked for
+	inherited []*entry // in the predecessor's order; those that were asked for are no longer unclaimed
+	ancestors []*entry // the streams to the older processes that are alive, the predecessor's last
 	dropped   []*entry // inherited and closed before their files were this process's own
-	// inherited by words, by place and by name. Each list is in order; what
-	// was claimed by another way is skipped.
-	words, places, names map[string][]*entry
+
+	// A successor nearly always asks in its predecessor's order. So next is
+	// tried first, and the maps are made when that has failed once. Each list
+	// is in order, and what was claimed by another way is skipped.
+	next                  int // all before this index of inherited were claimed
+	indexed               bool
+	words, addrs, byNames map[string][]*entry
 }
 
-// index makes what was inherited ready to be claimed.
+// index makes the maps of what was inherited.
 func (r *registry) index() {
+	if r.indexed {
+		return
+	}
+	r.indexed = true
 	n := len(r.inherited)
-	r.words, r.places, r.names = make(map[string][]*entry, n), make(map[string][]*entry, n), make(map[string][]*entry)
+	r.words, r.addrs, r.byNames = make(map[string][]*entry, n), make(map[string][]*entry, n), make(map[string][]*entry)
 	for _, e := range r.inherited {
 		if e.name != "" {
 			k := nameKey(e.kind, e.name)
-			r.names[k] = append(r.names[k], e)
+			r.byNames[k] = append(r.byNames[k], e)
 		}
-		if e.kind != kindListener && e.kind != kindPacket {
+		if !e.isSocket() {
 			continue
 		}
 		if e.path == "" {
 			r.words[e.label()] = append(r.words[e.label()], e)
 		}
-		r.places[e.key()] = append(r.places[e.key()], e)
+		r.addrs[e.key()] = append(r.addrs[e.key()], e)
 		if k, ok := portZeroKey(e); ok {
-			r.places[k] = append(r.places[k], e)
+			r.addrs[k] = append(r.addrs[k], e)
 		}
 	}
 }
 
 func nameKey(kind, name string) string { return kind + " " + name }
 
-// portZeroKey returns the key that finds e for who asks for port 0, if it was
-// asked for so.
+// portZeroKey returns the key by which a request for port 0 finds e. It returns
+// false if e was not requested with port 0.
 func portZeroKey(e *entry) (string, bool) {
 	_, port, err := net.SplitHostPort(e.address)
 	if _, isUnix := socketType(e.network); err != nil || isUnix {
@@ -56,62 +69,107 @@ func portZeroKey(e *entry) (string, bool) {
 	if n, err := strconv.Atoi(port); port != "" && (err != nil || n != 0) {
 		return "", false
 	}
-	i := strings.LastIndexByte(e.at, ':')
+	i := strings.LastIndexByte(e.boundKey, ':')
 	if i < 0 {
 		return "", false
 	}
-	return e.at[:i] + ":0", true
+	return e.boundKey[:i] + ":0", true
 }
 
-// claimWords takes the first socket that was asked for with these words; nil:
-// there is none. A path's words mean something else in another directory:
-// those of Unix sockets are not looked at.
-func (r *registry) claimWords(network, address string) *entry {
-	if e := claimFirst(r.words, network+" "+address); e != nil {
+// findWords takes the first socket that was asked for with these words, or
+// returns nil. It leaves Unix sockets alone, because the words of a path mean
+// another file in another directory.
+func (r *registry) findWords(network, address string) *entry {
+	same := func(e *entry) bool {
+		return e.isSocket() && e.path == "" && e.network == network && e.address == address
+	}
+	if e := r.takeNext(same); e != nil {
 		return e
 	}
-	return r.claimAdopted(func(e *entry) bool {
-		return e.path == "" && e.network == network && e.address == address
-	})
+	r.index()
+	if e := takeFirst(r.words, network+" "+address); e != nil {
+		return e
+	}
+	return r.takeAdopted(same)
 }
 
-// claimPlace takes the first socket that is bound to p.
-func (r *registry) claimPlace(p *place) *entry {
-	key := p.key()
-	if e := claimFirst(r.places, key); e != nil {
+// findAddr takes the first socket that is bound to a, or returns nil.
+func (r *registry) findAddr(a *bindAddr) *entry {
+	key := a.key()
+	same := func(e *entry) bool { return e.isSocket() && e.key() == key }
+	if e := r.takeNext(same); e != nil {
 		return e
 	}
-	if e := r.claimAdopted(func(e *entry) bool { return e.key() == key }); e != nil || p.path == "" {
+	r.index()
+	if e := takeFirst(r.addrs, key); e != nil {
 		return e
 	}
+	if e := r.takeAdopted(same); e != nil || a.path == "" {
+		return e
+	}
+	// The same file may be there by another path.
 	var st unix.Stat_t
-	if unix.Stat(p.path, &st) != nil {
+	if unix.Stat(a.path, &st) != nil {
 		return nil
 	}
-	sameFile := func(e *entry) bool { // by another path
-		return e.path != "" && e.network == p.network && e.dev == uint64(st.Dev) && e.ino == uint64(st.Ino)
+	same = func(e *entry) bool {
+		return e.path != "" && e.network == a.network && e.dev == uint64(st.Dev) && e.ino == uint64(st.Ino)
 	}
 	for _, e := range r.inherited {
-		if !e.claimed && sameFile(e) {
-			e.claimed = true
-			e.rename(p.path)
+		if e.state == unclaimed && same(e) {
+			e.state = held
+			e.rename(a.path)
 			return e
 		}
 	}
-	return r.claimAdopted(sameFile)
+	return r.takeAdopted(same)
 }
 
-// claimName takes the first thing of this kind and name.
-func (r *registry) claimName(kind, name string) *entry {
-	if e := claimFirst(r.names, nameKey(kind, name)); e != nil {
+// findName takes the first thing of this kind and name, or returns nil.
+func (r *registry) findName(kind, name string) *entry {
+	same := func(e *entry) bool { return e.kind == kind && e.name == name }
+	if e := r.takeNext(same); e != nil {
 		return e
 	}
-	return r.claimAdopted(func(e *entry) bool { return e.kind == kind && e.name == name })
+	r.index()
+	if e := takeFirst(r.byNames, nameKey(kind, name)); e != nil {
+		return e
+	}
+	return r.takeAdopted(same)
 }
 
-// claimAdopted takes a socket that AddFile has brought here. It stays in its
-// place among the entries.
-func (r *registry) claimAdopted(match func(*entry) bool) *entry {
+// takeBare takes the first thing of this kind and name that is a bare
+// descriptor, also from what is held. It returns nil if there is none.
+func (r *registry) takeBare(kind, name string) *entry {
+	same := func(e *entry) bool { return e.kind == kind && e.name == name }
+	e := r.takeNext(same)
+	if e == nil {
+		r.index()
+		e = takeFirst(r.byNames, nameKey(kind, name))
+	}
+	if e == nil {
+		if i := slices.IndexFunc(r.entries, func(e *entry) bool { return same(e) && e.sock == nil }); i >= 0 {
+			e = r.entries[i]
+			r.remove(e)
+		}
+	}
+	return e
+}
+
+// takeNext takes what comes after all that was claimed so far, if it matches.
+func (r *registry) takeNext(match func(*entry) bool) *entry {
+	if r.indexed || r.next == len(r.inherited) || !match(r.inherited[r.next]) {
+		return nil
+	}
+	e := r.inherited[r.next]
+	e.state = held
+	r.next++
+	return e
+}
+
+// takeAdopted takes a socket that AddFile has brought into this process. It
+// stays in its place among the entries.
+func (r *registry) takeAdopted(match func(*entry) bool) *entry {
 	i := slices.IndexFunc(r.adopted, match)
 	if i < 0 {
 		return nil
@@ -121,57 +179,74 @@ func (r *registry) claimAdopted(match func(*entry) bool) *entry {
 	return e
 }
 
-func claimFirst(m map[string][]*entry, key string) *entry {
+func takeFirst(m map[string][]*entry, key string) *entry {
 	list := m[key]
-	for len(list) > 0 && list[0].claimed {
+	for len(list) > 0 && list[0].state != unclaimed {
 		list = list[1:]
 	}
 	if len(list) == 0 {
 		delete(m, key)
 		return nil
 	}
-	list[0].claimed = true
+	list[0].state = held
 	m[key] = list[1:]
 	return list[0]
 }
 
-// unclaimed returns the inherited entries that nobody has asked for.
+// unclaimed returns the inherited entries that no call has asked for.
 func (r *registry) unclaimed() []*entry {
 	var list []*entry
 	for _, e := range r.inherited {
-		if !e.claimed {
+		if e.state == unclaimed {
 			list = append(list, e)
 		}
 	}
 	return list
 }
 
-// takeInherited ends claiming: it returns what nobody has asked for.
-func (r *registry) takeInherited() []*entry {
+// endClaiming returns what no call has asked for. It is no longer inherited.
+func (r *registry) endClaiming() []*entry {
 	list := r.unclaimed()
-	r.inherited, r.words, r.places, r.names = nil, nil, nil, nil
+	r.inherited, r.words, r.addrs, r.byNames = nil, nil, nil, nil
+	r.next, r.indexed = 0, false
 	return list
 }
 
-// forgetGone closes what tells of older generations that have exited.
-func (r *registry) forgetGone() {
-	r.entries = slices.DeleteFunc(r.entries, func(e *entry) bool {
-		if e.kind != kindOlder || !e.hungUp() {
-			return false
-		}
-		e.drop()
-		return true
-	})
-}
-
-// draining counts the older generations that have not exited.
-func (r *registry) draining() (n int) {
+// takeForStop returns all that is given up on a stop.
+func (r *registry) takeForStop() []*entry {
+	taken := r.ancestors
+	var kept []*entry
 	for _, e := range r.entries {
-		if e.kind == kindOlder {
-			n++
+		if e.keep && e.sock != nil {
+			kept = append(kept, e)
+		} else {
+			taken = append(taken, e)
 		}
 	}
-	return n
+	r.entries, r.ancestors, r.adopted = kept, nil, nil
+	return taken
+}
+
+// takeForUpgrade returns all that a successor gets.
+func (r *registry) takeForUpgrade() []*entry {
+	list := slices.Concat(r.entries, r.ancestors)
+	for _, e := range list {
+		e.state = inTransit
+	}
+	return list
+}
+
+// forgetGone closes the streams to older processes that have exited, and
+// returns how many processes are left.
+func (r *registry) forgetGone() int {
+	r.ancestors = slices.DeleteFunc(r.ancestors, func(e *entry) bool {
+		if !e.hungUp() {
+			return false
+		}
+		e.closeBare()
+		return true
+	})
+	return len(r.ancestors)
 }
 
 // remove takes an entry out of those that are handed on.
@@ -183,98 +258,87 @@ func (r *registry) remove(e *entry) {
 	}
 }
 
-// mayAdd reports, as an error, why nothing can be added now. u.mu is held.
-func (u *Upgrader) mayAdd() error {
-	switch u.phase {
-	case starting, serving, preparing:
-		return nil
-	}
-	return u.phase.refusal()
-}
-
-// claim makes what find finds, if that is not nil, a socket that is handed on,
-// and opens it if this process serves. Where it was not found by its name, its
-// words become those it was asked for with.
-func (u *Upgrader) claim(asked askedAddr, find func(*registry) *entry) (socket, error) {
+// claim registers what find finds in the inheritance, and returns its socket.
+// It returns nil if find finds nothing.
+func (u *Upgrader) claim(asked askedAddr, find func(*registry) *entry) (pausable, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if err := u.mayAdd(); err != nil {
+	if err := u.life.mayAdd(); err != nil {
 		return nil, err
 	}
 	e := find(&u.reg)
 	if e == nil {
 		return nil, nil
 	}
+	return u.register(asked, e)
+}
+
+// register makes e a socket that is handed on, and opens it if this process
+// serves. The words of asked, if there are any, become those it was asked for
+// with. u.mu is held.
+func (u *Upgrader) register(asked askedAddr, e *entry) (pausable, error) {
 	if asked != (askedAddr{}) {
 		e.network, e.address = asked.network, asked.address
 	}
-	var s socket
 	var err error
 	if e.kind == kindPacket {
-		s, err = newPacketConn(u, e)
+		err = newPacketConn(u, e)
 	} else {
-		s, err = newListener(u, e)
+		err = newListener(u, e)
 	}
 	if err != nil {
 		u.reg.remove(e)
 		return nil, fmt.Errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: e.network, Addr: askedAddr{e.network, e.address}, Err: err})
 	}
-	e.sock = s
 	if e.inherited || e.name == "" { // what AddFile has brought is there already
 		u.reg.entries = append(u.reg.entries, e)
 	}
-	if u.phase != starting {
-		e.resume()
+	if u.life.phase != starting {
+		e.unpause()
 	}
-	return s, nil
+	return e.sock, nil
 }
 
-// withdraw takes an entry out again. It reports whether its socket's file is
-// to be removed: whether no other process, now or after the upgrade that is
-// running, has the socket.
+// withdraw takes an entry out again when the caller closes it. It reports
+// whether the socket's file is to be removed: whether no other process has the
+// socket now or after the running upgrade. If that cannot be known yet, the
+// file is removed by the call that learns it.
 func (u *Upgrader) withdraw(e *entry) bool {
-	owner := e.path != "" && u.settle()
+	independent := e.path != "" && u.independent()
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.reg.remove(e)
-	if e.handed {
-		e.closed = true // its file goes if the upgrade fails
+	if e.state == inTransit {
+		e.state = closedInTransit
 		return false
 	}
 	switch {
-	case u.phase == upgraded:
+	case u.life.phase == upgraded:
 		return false
-	case !e.inherited || owner && u.phase != refused:
+	case !e.inherited:
+		return true
+	case e.path == "" || u.life.phase == refused:
+		return false
+	case independent || u.pred.isFinal(): // the second since independent looked
 		return true
 	}
-	select {
-	case <-u.settled: // since settle looked
-		return u.phase != refused
-	default:
-	}
-	if e.path != "" {
-		u.reg.dropped = append(u.reg.dropped, e)
-	}
+	u.reg.dropped = append(u.reg.dropped, e)
 	return false
 }
 
-// drop closes what was never asked for, and sees to it that the file of each
-// of these goes when this process owns it.
+// drop closes what was never asked for. It sees to it that the file of each
+// goes when this process owns it.
 func (u *Upgrader) drop(list []*entry) {
-	for _, e := range list {
-		e.drop()
-	}
 	u.mu.Lock()
 	for _, e := range list {
+		e.closeBare()
 		if e.path != "" {
 			u.reg.dropped = append(u.reg.dropped, e)
 		}
 	}
 	u.mu.Unlock()
-	select {
-	case <-u.settled:
+	if u.pred.isFinal() {
 		u.removeDropped()
-	default:
 	}
 }
 
@@ -290,7 +354,7 @@ func (u *Upgrader) removeDropped() {
 	}
 }
 
-// unclaimed names what the older process hands on and nobody has asked for.
+// unclaimed names what was inherited and no call has asked for.
 func (u *Upgrader) unclaimed() []string {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -302,4 +366,37 @@ func (u *Upgrader) unclaimed() []string {
 		names = append(names, kindState)
 	}
 	return names
+}
+
+// unclaimedPaths lists the files of the sockets that no call has asked for.
+func (u *Upgrader) unclaimedPaths() []string {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	var paths []string
+	for _, e := range u.reg.unclaimed() {
+		if e.path != "" {
+			paths = append(paths, e.path)
+		}
+	}
+	return paths
+}
+
+// acceptErrorInterval is how often EventAcceptError may be told.
+const acceptErrorInterval = time.Minute
+
+// notifyAcceptError tells of an error that Accept waits out, unless one was
+// told a moment ago.
+func (u *Upgrader) notifyAcceptError(err error) {
+	u.mu.Lock()
+	now := time.Now()
+	silent := !u.acceptError.IsZero() && now.Sub(u.acceptError) < acceptErrorInterval
+	if !silent {
+		u.acceptError = now
+	}
+	u.mu.Unlock()
+	if !silent {
+		e := u.ownEvent(trigger{}, EventAcceptError)
+		e.Err = err
+		u.notify(e)
+	}
 }

@@ -13,18 +13,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Request asks the process that serves a control socket, one of
-// Options.UpgradeSocket, StopSocket and PartialStopSocket, for what that
-// socket is for, and waits until it is done. It returns a line such as
+// The client of a control socket.
+
+// Request asks the process that serves a control socket for what the socket is
+// for, and waits until it is done. The socket is one of Options.UpgradeSocket,
+// StopSocket and PartialStopSocket. Request returns a line such as
 // "pid=1234 generation=2": the successor that serves, or the process that has
-// stopped. To connect is the request: what is done is not undone when ctx
-// ends. It works in any program of the same user or root, with or without an
-// Upgrader.
+// stopped. The connection itself is the request, so that what is done is not
+// undone when ctx ends. Request works in any program of the same user or root,
+// with or without an Upgrader.
 //
-// The error is what the process says, as text; or it wraps ctx's error,
-// io.ErrUnexpectedEOF if the process ended without a word, or a *net.OpError if
-// nobody listens there (syscall.ENOENT, syscall.ECONNREFUSED) or this user may
-// not connect (os.ErrPermission).
+// The error has the reason that the process gives, as text. Otherwise it wraps
+// ctx's error, io.ErrUnexpectedEOF if the process ended without an answer, or a
+// *net.OpError if no process listens there (syscall.ENOENT,
+// syscall.ECONNREFUSED) or this user may not connect (os.ErrPermission).
 func Request(ctx context.Context, path string) (string, error) {
 	line, err := request(ctx, path)
 	if err != nil {
@@ -48,7 +50,7 @@ func request(ctx context.Context, path string) (string, error) {
 	case ctx.Err() != nil:
 		return "", ctx.Err()
 	case err == nil || errors.Is(err, unix.ECONNRESET):
-		return "", fmt.Errorf("the process there has ended, or does not serve it, without a word: %w", io.ErrUnexpectedEOF)
+		return "", fmt.Errorf("the process there has ended, or does not serve the socket, without an answer: %w", io.ErrUnexpectedEOF)
 	default:
 		return "", err
 	}
@@ -62,7 +64,7 @@ func request(ctx context.Context, path string) (string, error) {
 	return "", errors.New(text)
 }
 
-// dialControl connects to a Unix socket. The error from the system is a
+// dialControl connects to a Unix socket. An error of the system is a
 // *net.OpError.
 func dialControl(ctx context.Context, path string) (*net.UnixConn, error) {
 	if err := (ListenConfig{}).check(kindListener, "unix", path); err != nil {

@@ -31,8 +31,7 @@ type stateReader struct {
 }
 
 func newStateReader(e *entry) *stateReader {
-	f := os.NewFile(uintptr(e.fd), kindState)
-	e.fd = -1
+	f := os.NewFile(uintptr(e.moveOut()), kindState)
 	return &stateReader{f: f, left: e.size}
 }
 
@@ -116,7 +115,7 @@ func writeState(write func(io.Writer) error) (*os.File, *entry, error) {
 		return nil, nil, err
 	}
 	done = true
-	return f, &entry{kind: kindState, size: size, fd: int(f.Fd())}, nil
+	return f, &entry{wire: wire{kind: kindState, size: size}, raw: rawFD(f.Fd())}, nil
 }
 
 // A stateWriter is all that SendState may do to the file, and only until it

@@ -2,112 +2,96 @@ package ecdysis
 
 import "os"
 
-// Stop ends this process's service: EventStopping, then the listeners, and what
-// AddConn, AddFile and DatagramPair keep, are closed (but for those with
-// KeepOnStop), reading packets ends, the files of Unix sockets and the PID
-// file are removed as far as they are this process's own, and Exit is closed.
-// Connections are the caller's to finish. Just after Ready it may wait some
-// seconds for the older process to step aside.
+// Stop, the partial stop, and what a process gives up at its end.
+
+// Stop ends this process's service. After EventStopping it closes the
+// listeners, except those with KeepOnStop, and what AddConn, AddFile and
+// DatagramPair keep. It ends the reading of packets, removes the files of Unix
+// sockets and the PID file as far as they are this process's own, and closes
+// the channel that Exit returns. The connections are the caller's to finish.
+// Just after Ready it may wait some seconds for the predecessor to step aside.
 //
 // A Stop during an upgrade ends the upgrade, unless the successor is about to
 // serve: then this process is replaced. Stop does not wait for that: the
 // call of Upgrade or Ready that runs does the rest before it returns.
-// During the probation that the older process gives this one, Stop tells the
-// older one not to come back. A second Stop, and one after a successful
+// During the probation that the predecessor gives this process, Stop tells the
+// predecessor not to come back. A second Stop, and one after a successful
 // Upgrade, does nothing.
-func (u *Upgrader) Stop() { u.stop(trigger{}) }
+func (u *Upgrader) Stop() { u.stop(EventStopping, trigger{}) }
 
-func (u *Upgrader) stop(t trigger) {
-	u.mu.Lock()
-	p := u.phase
-	switch p {
-	case upgraded, stopped:
-		u.mu.Unlock()
-		return
-	case readying, preparing, upgrading:
-		u.pending, u.cause = EventStopping, t
-		u.mu.Unlock()
+// stop carries out a stop, or leaves it to the call that runs. The kind is
+// EventStopping or EventPartialStop.
+func (u *Upgrader) stop(kind EventKind, t trigger) {
+	if !u.life.made() {
 		return
 	}
-	u.phase = stopped
+	u.mu.Lock()
+	do, was := u.life.stop(kind, t)
 	u.mu.Unlock()
+	switch do {
+	case EventStopping:
+		u.stopWholly(t, was)
+	case EventPartialStop:
+		u.stopAccepting(t)
+	}
+}
 
+func (u *Upgrader) stopWholly(t trigger, was phase) {
 	e := u.ownEvent(t, EventStopping)
 	u.notify(e)
-	owner := u.parent == nil || p != refused && p != starting && u.settle()
-	switch {
-	case owner || p == refused:
-	case p == starting:
-		u.parent.sendFail(ErrStopped)
-	default:
-		// The old process reads what is sent before it looks whether this
-		// one lives: once this is sent, it does not come back.
-		owner = u.parent.send(frameBye, nil, nil) == nil || u.settle()
-	}
-	shut := u.takeListeners(owner)
-	if owner {
-		u.removeDropped()
-	}
+	shut := u.giveUp(u.takeOwnership(was))
 	if u.ownsPIDFile() {
 		_ = os.Remove(u.opts.PIDFile)
 	}
 	u.reap()
 	u.end(e)
-	close(u.exit)
-	// Last of all: a program may exit as soon as its accept loop ends.
+	close(u.life.exit)
+	// Last of all, because a program may exit as soon as its accept loop ends.
 	shut()
 }
 
-// partialStop ends accepting and leaves all else to the caller.
-func (u *Upgrader) partialStop(t trigger) {
-	u.mu.Lock()
-	switch u.phase {
-	case serving:
-		u.phase = partial
-		u.mu.Unlock()
-		e := u.ownEvent(t, EventPartialStop)
-		u.notify(e)
-		shut := u.takeListeners(u.settle())
-		u.end(e)
-		shut()
-	case readying, preparing, upgrading:
-		if u.pending == "" {
-			u.pending, u.cause = EventPartialStop, t
-		}
-		u.mu.Unlock()
-	case partial: // another trigger's
-		u.mu.Unlock()
-	default: // there is nothing to drain
-		u.mu.Unlock()
-		u.stop(t)
-	}
+// stopAccepting ends accepting and leaves all else to the caller.
+func (u *Upgrader) stopAccepting(t trigger) {
+	e := u.ownEvent(t, EventPartialStop)
+	u.notify(e)
+	shut := u.giveUp(u.awaitIndependence())
+	u.end(e)
+	shut()
 }
 
-// ownEvent returns an event about this process.
-func (u *Upgrader) ownEvent(t trigger, kind EventKind) Event {
-	e := t.event(kind)
-	e.PID, e.Generation = os.Getpid(), u.generation
-	return e
+// takeOwnership tells the predecessor, if it could still come back, that this
+// process ends by order. It reports whether the socket files are this
+// process's to remove.
+func (u *Upgrader) takeOwnership(was phase) bool {
+	switch {
+	case u.first():
+		return true
+	case was == starting:
+		u.pred.s.sendFail(ErrStopped)
+		return false
+	case was == refused:
+		return false
+	case u.awaitIndependence():
+		return true
+	}
+	// The predecessor reads what was sent before it looks whether this process
+	// lives: once BYE is sent, it does not come back.
+	owner := u.pred.s.send(frameBye, nil, nil) == nil || u.awaitIndependence()
+	if owner {
+		u.removeDropped()
+	}
+	return owner
 }
 
-// takeListeners ends accepting, but for the listeners that are to be kept on
-// a stop, and removes what files are this process's own. Accept fails once
-// shut is called.
-func (u *Upgrader) takeListeners(owner bool) (shut func()) {
+// giveUp ends accepting, except on the listeners that are kept on a stop, and
+// removes what files are this process's own. Accept fails once shut is called.
+func (u *Upgrader) giveUp(owner bool) (shut func()) {
 	u.mu.Lock()
-	dropped := u.reg.takeInherited()
-	var kept, taken []*entry
-	for _, e := range u.reg.entries {
-		if e.keep && e.sock != nil {
-			kept = append(kept, e)
-		} else {
-			taken = append(taken, e)
-		}
-	}
-	u.reg.entries, u.reg.adopted = kept, nil
+	dropped := u.reg.endClaiming()
+	taken := u.reg.takeForStop()
 	u.mu.Unlock()
 	for _, e := range taken {
-		e.quiet()
+		e.pause()
 		if owner || !e.inherited {
 			e.removeFile()
 		} else {
@@ -118,7 +102,50 @@ func (u *Upgrader) takeListeners(owner bool) (shut func()) {
 	u.state.close()
 	return func() {
 		for _, e := range taken {
-			e.shut()
+			e.detach()
 		}
+	}
+}
+
+// ownEvent returns an event about this process.
+func (u *Upgrader) ownEvent(t trigger, kind EventKind) Event {
+	e := t.event(kind)
+	e.PID, e.Generation = os.Getpid(), u.generation
+	return e
+}
+
+// mustStop reports whether a stop waits for the running Ready or Upgrade.
+func (u *Upgrader) mustStop() bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.life.pending != ""
+}
+
+// stopPending carries out a stop that was left to the call that was running,
+// and reports whether there was one.
+func (u *Upgrader) stopPending() bool {
+	u.mu.Lock()
+	kind, t := u.life.takePending()
+	u.mu.Unlock()
+	if kind != "" {
+		u.stop(kind, t)
+	}
+	return kind != ""
+}
+
+// end closes the control sockets, answers the clients that have asked for this
+// process's end, and makes Wait return e unless something else has ended it.
+func (u *Upgrader) end(e Event) {
+	for _, c := range u.controls {
+		c.finish()
+	}
+	u.mu.Lock()
+	clients, first := u.life.end(e)
+	u.mu.Unlock()
+	for _, c := range clients {
+		answer(c, outcome(e))
+	}
+	if first {
+		close(u.life.ended)
 	}
 }

@@ -14,33 +14,40 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// The connection between two generations: frames in both directions, and
+// descriptors to the successor.
+
 // A stream is one end of the connection between two generations. A successor
-// hands on its end, as an entry, to those after it: its end of file tells them
-// that the older process has exited.
+// hands its end on to the processes after it, whom its end of file tells that
+// the older process has exited.
 //
-// turn is held by the goroutine that waits for input; it alone sets conn's
-// read deadline, except that the end of a context and wakeReader may set one
-// that has passed, which the one that waits must be able to stand. rmu guards what was
-// received, wmu what is to be sent; neither is held over a call that blocks.
+// Sending never blocks. A goroutine that waits for input holds turn. It is
+// woken by input, by its deadline or context, and by wakeReader.
 type stream struct {
 	conn *net.UnixConn
 	raw  syscall.RawConn
+
+	// turn is held by the goroutine that waits for input. It alone sets conn's
+	// read deadline, except that the end of a context and wakeReader may set
+	// one that has passed: the goroutine then looks again, and goes on.
 	turn chan struct{}
 
-	inherits bool // this is the successor's end, which is sent descriptors
+	inherits bool // this is the successor's end, to which descriptors are sent
 
+	// rmu guards what was received. It is not held over a call that blocks.
 	rmu    sync.Mutex
 	in     []byte
 	fds    []int
-	end    error // io.EOF and others that the stream ended with
-	sender int   // the process that wrote what came last; 0: the system does not tell
-	buf    []byte
+	end    error  // how the stream has ended: io.EOF or another error
+	sender int    // the process that wrote what came last; 0 if the system does not tell
+	buf    []byte // for one recvmsg
 
+	// wmu guards what is to be sent. It is not held over a call that blocks.
 	wmu sync.Mutex
-	out []byte // of a frame that the system took the beginning of
+	out []byte // the rest of a frame of which the system has taken a part
 }
 
-// unixConn takes fd over, or closes it.
+// unixConn makes a connection of fd. With an error fd is closed.
 func unixConn(fd int) (*net.UnixConn, error) {
 	f := os.NewFile(uintptr(fd), "")
 	c, err := net.FileConn(f)
@@ -56,7 +63,7 @@ func unixConn(fd int) (*net.UnixConn, error) {
 	return conn, nil
 }
 
-// newStream takes fd over, or closes it.
+// newStream makes a stream of fd. With an error fd is closed.
 func newStream(fd int) (*stream, error) {
 	conn, err := unixConn(fd)
 	if err != nil {
@@ -65,7 +72,7 @@ func newStream(fd int) (*stream, error) {
 	return streamOn(conn)
 }
 
-// streamOn takes conn over, or closes it.
+// streamOn makes a stream of conn. With an error conn is closed.
 func streamOn(conn *net.UnixConn) (*stream, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -89,18 +96,9 @@ func closeAll(fds []int) {
 	}
 }
 
-// What an entry needs. Nobody accepts on a stream.
-
-func (s *stream) quiet() {}
-
-func (s *stream) resume() {}
-
-func (s *stream) shut() {}
-
-func (s *stream) control(f func(fd uintptr)) error { return s.raw.Control(f) }
-
-// next returns a frame that has arrived, errAgain if there is none, or how
-// the stream has ended: io.EOF when the peer is gone. It does not block.
+// next returns a frame that has come. It returns errAgain if there is none, and
+// the error that the stream ended with, io.EOF if the peer is gone, when all
+// frames before were returned. It does not block.
 func (s *stream) next() (frame, error) {
 	s.rmu.Lock()
 	defer s.rmu.Unlock()
@@ -135,8 +133,8 @@ func (s *stream) next() (frame, error) {
 	}
 }
 
-// atEnd reports whether the stream has ended and all of it was taken. It takes
-// nothing itself.
+// atEnd reports whether the stream has ended and every frame was returned. It
+// takes no frame itself.
 func (s *stream) atEnd() bool {
 	s.rmu.Lock()
 	defer s.rmu.Unlock()
@@ -147,7 +145,7 @@ func (s *stream) atEnd() bool {
 	return s.end != nil && n == 0
 }
 
-// fill receives what is there. It reports false if nothing was. s.rmu is held.
+// fill receives what has come. It reports false if nothing has. s.rmu is held.
 func (s *stream) fill(fd int) bool {
 	if s.buf == nil {
 		s.buf = make([]byte, 8<<10+unix.CmsgSpace(4*maxFDs)+senderSpace)
@@ -179,7 +177,7 @@ func (s *stream) fill(fd int) bool {
 	}
 	switch truncated := flags&unix.MSG_CTRUNC != 0; {
 	case !s.inherits && (truncated || len(s.fds) > 0):
-		s.end = errors.New("the successor sent descriptors: it does not speak this protocol")
+		s.end = errors.New("the successor sent descriptors: it does not use this protocol")
 	case truncated:
 		s.end = errTruncated
 	}
@@ -195,8 +193,8 @@ func (s *stream) fill(fd int) bool {
 	return true
 }
 
-// parseControl returns the descriptors that came with a message, and its
-// sender.
+// parseControl returns the descriptors that came with a message, and the
+// process that sent it.
 func parseControl(oob []byte) (fds []int, sender int, err error) {
 	msgs, err := unix.ParseSocketControlMessage(oob)
 	if err != nil {
@@ -218,8 +216,8 @@ func parseControl(oob []byte) (fds []int, sender int, err error) {
 	return fds, sender, nil
 }
 
-// waitInput returns when input has arrived or the read deadline, which a
-// concurrent end of a context may have moved, has passed. s.turn is held.
+// waitInput returns when input has come or the read deadline has passed, which
+// the end of a context or wakeReader may have moved. s.turn is held.
 func (s *stream) waitInput() error {
 	return s.raw.Read(func(fd uintptr) bool {
 		s.rmu.Lock()
@@ -228,8 +226,9 @@ func (s *stream) waitInput() error {
 	})
 }
 
-// read returns the next frame, os.ErrDeadlineExceeded after a last look when
-// the time is over, or how the stream has ended.
+// read returns the next frame. It returns os.ErrDeadlineExceeded, after a last
+// look, when the deadline has passed, and the error that the stream ended with.
+// The zero deadline is none.
 func (s *stream) read(deadline time.Time) (frame, error) {
 	s.turn <- struct{}{}
 	defer func() { <-s.turn }()
@@ -250,9 +249,10 @@ func (s *stream) read(deadline time.Time) (frame, error) {
 	}
 }
 
-// wait passes what arrives, and at last the end of the stream, to hear until
-// that returns true, done is closed, or ctx is done, whose error it returns.
-func (s *stream) wait(ctx context.Context, done <-chan struct{}, hear func(frame, error) bool) error {
+// wait passes what comes, and at last the end of the stream, to handle. It
+// returns when handle returns true, done is closed, or ctx is done, and then
+// ctx's error.
+func (s *stream) wait(ctx context.Context, done <-chan struct{}, handle func(frame, error) bool) error {
 	select {
 	case s.turn <- struct{}{}:
 	case <-done:
@@ -269,7 +269,7 @@ func (s *stream) wait(ctx context.Context, done <-chan struct{}, hear func(frame
 	for {
 		f, err := s.next()
 		if err != errAgain {
-			if hear(f, err) || err != nil {
+			if handle(f, err) || err != nil {
 				return nil
 			}
 			continue
@@ -278,7 +278,7 @@ func (s *stream) wait(ctx context.Context, done <-chan struct{}, hear func(frame
 			return err
 		}
 		select {
-		case <-done: // another goroutine has heard it; see wakeReader
+		case <-done: // another goroutine has handled it, and has called wakeReader
 			return nil
 		default:
 		}
@@ -286,7 +286,7 @@ func (s *stream) wait(ctx context.Context, done <-chan struct{}, hear func(frame
 		case err == nil:
 		case !errors.Is(err, os.ErrDeadlineExceeded):
 			return err
-		case ctx.Err() == nil: // wakeReader, or the context of one that waited before
+		case ctx.Err() == nil: // by wakeReader, or by the context of an earlier wait
 			if err := s.conn.SetReadDeadline(time.Time{}); err != nil {
 				return err
 			}
@@ -294,12 +294,12 @@ func (s *stream) wait(ctx context.Context, done <-chan struct{}, hear func(frame
 	}
 }
 
-// wakeReader makes the goroutine that waits look again.
+// wakeReader makes the goroutine that waits for input look again.
 func (s *stream) wakeReader() { _ = s.conn.SetReadDeadline(past) }
 
-// send writes a frame without blocking; every frame but the sockets fits the
-// buffer. errAgain: the buffer is full and nothing was taken. The descriptors
-// go with the frame's first byte.
+// send sends a frame without blocking. Every frame except SOCKETS fits the
+// system's buffer. It returns errAgain if the buffer is full and nothing was
+// taken. The descriptors go with the frame's first byte.
 func (s *stream) send(kind byte, records []record, fds []int) error {
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
@@ -356,9 +356,9 @@ func (s *stream) write(b, oob []byte) (n int, err error) {
 	return n, nil
 }
 
-// abort tells the successor that it was given up. There is room for that in
-// the system's buffer even if the successor has read nothing: the end of the
-// stream, which follows, would say without it that this process has died.
+// abort tells the successor that it was given up. Buffer space is reserved so
+// that ABORT fits even if the successor has read nothing. Without it, the
+// end of the stream that follows would mean that this process has died.
 func (s *stream) abort() error {
 	_ = s.raw.Control(func(fd uintptr) { useReserve(int(fd)) })
 	return s.send(frameAbort, nil, nil)
@@ -373,7 +373,7 @@ func (s *stream) sendFail(reason error) {
 		text = text[:maxFrame/2]
 	}
 	r := record{"reason=" + text}
-	if errors.Is(reason, unix.EADDRINUSE) { // the old process may know why
+	if errors.Is(reason, unix.EADDRINUSE) { // the predecessor may know why
 		r = append(r, "inuse=1")
 		for err := reason; err != nil; err = errors.Unwrap(err) {
 			if oe, ok := err.(*net.OpError); ok && oe.Addr != nil {
@@ -381,5 +381,5 @@ func (s *stream) sendFail(reason error) {
 			}
 		}
 	}
-	_ = s.send(frameFail, []record{r}, nil) // fails only if the old process is gone
+	_ = s.send(frameFail, []record{r}, nil) // fails only if the predecessor is gone
 }

@@ -372,7 +372,7 @@ func encode(kind byte, records ...[]string) string {
 func TestGarbage(t *testing.T) {
 	t.Parallel()
 	long := strings.Repeat("0123456789", 3<<10)
-	const alien = "does not speak this protocol"
+	const alien = "does not use this protocol"
 	killed := func(step, text string) want { return want{step: step, how: "signal: killed", text: text} }
 	for _, tt := range []struct {
 		name  string

@@ -14,16 +14,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxSilent is how many clients of the takeover socket may be silent; a
-// further one takes the place of the first.
-const maxSilent = 32
+// A takeover: a process that nobody here has started becomes the successor.
 
-// silence is how long one may be.
-const silence = 10 * time.Second
+// maxPendingTakers is how many clients of the takeover socket may have sent
+// nothing yet. A further one takes the place of the first.
+const maxPendingTakers = 32
 
-// hearTake waits for the word of a process that takes over.
-func (s *stream) hearTake() error {
-	f, err := s.read(time.Now().Add(silence))
+// takeTimeout is how long such a client has for its first frame.
+const takeTimeout = 10 * time.Second
+
+// awaitTake receives the first frame of a process that takes over.
+func (s *stream) awaitTake() error {
+	f, err := s.read(time.Now().Add(takeTimeout))
 	if err != nil {
 		return err
 	}
@@ -33,24 +35,24 @@ func (s *stream) hearTake() error {
 	return checkVersion(f)
 }
 
-// handOver lets a client of the takeover socket say what it wants, and then
-// lets it take over.
-func (c *control) handOver(t trigger, running *sync.WaitGroup) {
+// serveTakeover waits for the first frame of a client of the takeover socket,
+// and then lets it take over.
+func (c *control) serveTakeover(t trigger, running *sync.WaitGroup) {
 	conn := t.taker.conn
 	c.mu.Lock()
-	if len(c.silent) == maxSilent {
-		c.silent[0].Close()
-		c.silent = c.silent[1:]
+	if len(c.takers) == maxPendingTakers {
+		c.takers[0].Close()
+		c.takers = c.takers[1:]
 	}
-	c.silent = append(c.silent, conn)
+	c.takers = append(c.takers, conn)
 	c.mu.Unlock()
 	running.Go(func() {
-		err := t.taker.hearTake()
+		err := t.taker.awaitTake()
 		c.mu.Lock()
-		c.silent = slices.DeleteFunc(c.silent, func(s *net.UnixConn) bool { return s == conn })
+		c.takers = slices.DeleteFunc(c.takers, func(s *net.UnixConn) bool { return s == conn })
 		c.mu.Unlock()
 		if err == nil && t.taker.atEnd() {
-			err = io.EOF // it has come while this process did not look, and has gone
+			err = io.EOF // it came while this process did not look, and has gone
 		}
 		if err == nil {
 			if err = c.u.beginUpgrade(t); err == nil {
@@ -63,12 +65,29 @@ func (c *control) handOver(t trigger, running *sync.WaitGroup) {
 	})
 }
 
-// errLate: in a takeover, nothing came from the older process for too long.
+// errLate means that the process to take over from has sent nothing for too
+// long.
 var errLate = fmt.Errorf("the process that listens there has not answered in time (Options.UpgradeTimeout): %w", os.ErrDeadlineExceeded)
 
-// takeOverAt asks the process that serves at path for all that it has, and
-// returns the stream to it and its first frame; nil: there is nobody.
-func takeOverAt(path string, deadline time.Time) (*stream, frame, error) {
+// takeOver makes the process that serves at path this process's predecessor,
+// and receives all that it has. If no process serves there, it does nothing.
+func (u *Upgrader) takeOver(path string) error {
+	deadline := time.Now().Add(u.opts.UpgradeTimeout)
+	s, hello, err := dialPredecessor(path, deadline)
+	if err == nil && s != nil {
+		u.pred = newPredecessor(s)
+		err = u.receiveInheritance(hello, deadline)
+	}
+	if err == os.ErrDeadlineExceeded {
+		err = errLate
+	}
+	return err
+}
+
+// dialPredecessor connects to the process that serves at path and requests a
+// takeover. It returns the stream to that process and its first frame, or nil if
+// no process serves there.
+func dialPredecessor(path string, deadline time.Time) (*stream, frame, error) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 	for tries := 1; ; tries++ {
@@ -76,13 +95,13 @@ func takeOverAt(path string, deadline time.Time) (*stream, frame, error) {
 		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
 			return nil, frame{}, nil
 		}
-		if err == context.DeadlineExceeded { // so many wait there already
+		if err == context.DeadlineExceeded { // the queue there is full
 			return nil, frame{}, errLate
 		}
 		if err != nil {
 			return nil, frame{}, err
 		}
-		s, f, err := askFor(c, deadline)
+		s, f, err := requestTakeover(c, deadline)
 		if err == nil {
 			return s, f, nil
 		}
@@ -92,41 +111,47 @@ func takeOverAt(path string, deadline time.Time) (*stream, frame, error) {
 		case err != io.EOF:
 			return nil, frame{}, err
 		case tries == 100:
-			return nil, frame{}, fmt.Errorf("a process listens there and hangs up: %w", io.ErrUnexpectedEOF)
+			return nil, frame{}, fmt.Errorf("a process listens there and closes the connection: %w", io.ErrUnexpectedEOF)
 		}
 		// It has ended, or was just being replaced.
 		time.Sleep(10 * time.Millisecond)
 	}
 }
 
-// askFor says TAKE and returns what is said in return, if that is HELLO. It
-// takes c over, or closes it.
-func askFor(c *net.UnixConn, deadline time.Time) (*stream, frame, error) {
+// requestTakeover sends TAKE and returns the answer if it is HELLO. With an
+// error c is closed.
+func requestTakeover(c *net.UnixConn, deadline time.Time) (*stream, frame, error) {
 	s, err := streamOn(c)
 	if err != nil {
 		return nil, frame{}, err
 	}
-	if err := trusted(c); err != nil {
-		s.close()
-		return nil, frame{}, err
-	}
-	s.inherits = true
-	// Who hangs up at once may have said why.
-	err = s.send(frameTake, []record{{"version=" + protocolVersion}}, nil)
-	var f frame
-	if err == nil || err == io.EOF {
-		f, err = s.read(deadline)
-	}
-	if err == nil && f.kind == frameFail {
-		err = fmt.Errorf("the process that serves there refuses: %s", f.first("reason"))
-	} else if err == nil {
-		if err = checkHello(f); err != nil {
-			s.sendFail(err)
-		}
-	}
+	f, err := s.exchangeTake(deadline)
 	if err != nil {
 		s.close()
 		return nil, f, err
 	}
 	return s, f, nil
+}
+
+func (s *stream) exchangeTake(deadline time.Time) (f frame, err error) {
+	if err := trusted(s.conn); err != nil {
+		return f, err
+	}
+	s.inherits = true
+	// A process that closes the connection at once may have sent the reason.
+	err = s.send(frameTake, []record{{"version=" + protocolVersion}}, nil)
+	if err == nil || err == io.EOF {
+		f, err = s.read(deadline)
+	}
+	if err != nil {
+		return f, err
+	}
+	if f.kind == frameFail {
+		return f, fmt.Errorf("the process that serves there refuses: %s", f.first("reason"))
+	}
+	if err := checkHello(f); err != nil {
+		s.sendFail(err)
+		return f, err
+	}
+	return f, nil
 }

@@ -464,8 +464,8 @@ func TestTakeoverRefused(t *testing.T) {
 	say(frameOf('T', "version=2")).refused(`version "2"`)
 	say(frameOf('T')).refused(`version ""`)
 	say(frameOf('H', "version=1")).refused(`a frame 'H'`)
-	say("GET / HTTP/1.1\r\n\r\n").refused("does not speak this protocol")
-	say("T\x00\x00\x00\x02\x05a").refused("does not speak this protocol")
+	say("GET / HTTP/1.1\r\n\r\n").refused("does not use this protocol")
+	say("T\x00\x00\x00\x02\x05a").refused("does not use this protocol")
 	q := dials(t, h.take()) // the first byte with descriptors
 	f, err := os.Open(os.DevNull)
 	if err != nil {
@@ -846,7 +846,7 @@ func TestTakeoverFromOthers(t *testing.T) {
 			}
 		}
 	}
-	const late, foreign = "Options.UpgradeTimeout", "does not speak this protocol"
+	const late, foreign = "Options.UpgradeTimeout", "does not use this protocol"
 	for name, c := range map[string]struct {
 		talk  func(q *peer) // nil: it does not even accept
 		is    string
@@ -979,7 +979,7 @@ func TestTakeoverHungUp(t *testing.T) {
 						c.Close()
 					}
 				}()
-				n.at("new failed").Err.says(t, "unexpected EOF", h.take(), "hangs up")
+				n.at("new failed").Err.says(t, "unexpected EOF", h.take(), "closes the connection")
 				return
 			}
 			n.serves()

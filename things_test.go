@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"slices"
@@ -283,18 +284,30 @@ var thingVerbs = map[string]func(d *daemon, a []string) ([]string, error){
 	},
 	"Conn": func(d *daemon, a []string) ([]string, error) {
 		c, err := d.u.Conn(a[0])
+		if notThere(err) {
+			return keep(a[1], (net.Conn)(nil), nil)
+		}
 		return keep(a[1], c, err)
 	},
 	"File": func(d *daemon, a []string) ([]string, error) {
 		f, err := d.u.File(a[0])
+		if notThere(err) {
+			err = nil
+		}
 		return keep(a[1], f, err)
 	},
 	"Listener": func(d *daemon, a []string) ([]string, error) {
 		ln, err := d.u.Listener(a[0])
+		if notThere(err) {
+			err = nil
+		}
 		return keep(a[1], ln, err)
 	},
 	"PacketConn": func(d *daemon, a []string) ([]string, error) {
 		c, err := d.u.PacketConn(a[0])
+		if notThere(err) {
+			err = nil
+		}
 		return keep(a[1], c, err)
 	},
 	"Listen": func(d *daemon, a []string) ([]string, error) {
@@ -307,7 +320,7 @@ var thingVerbs = map[string]func(d *daemon, a []string) ([]string, error){
 	},
 	"DatagramPair": func(d *daemon, a []string) ([]string, error) {
 		up, down, err := d.u.DatagramPair(a[0])
-		if err != nil {
+		if err != nil && !notThere(err) {
 			return nil, err
 		}
 		setThing(a[1]+".down", down)
@@ -328,6 +341,9 @@ var thingVerbs = map[string]func(d *daemon, a []string) ([]string, error){
 		}
 		defer f.Close()
 		add := func(name string, err error) {
+			if notThere(err) {
+				err = nil
+			}
 			is := fmt.Sprint(err)
 			for known, e := range knownErrors {
 				if err == e {
@@ -348,7 +364,7 @@ var thingVerbs = map[string]func(d *daemon, a []string) ([]string, error){
 		add("PacketConn", err)
 		_, down, err := d.u.DatagramPair("x")
 		add("DatagramPair", err)
-		if err == nil {
+		if down != nil {
 			down.Close()
 		}
 		return list, nil
@@ -442,3 +458,6 @@ func (d *daemon) answerPackets(c net.PacketConn) {
 		}
 	})
 }
+
+// notThere reports whether a call has found nothing under a name.
+func notThere(err error) bool { return errors.Is(err, fs.ErrNotExist) }

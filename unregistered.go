@@ -9,28 +9,44 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Finding the sockets that would be in a successor's way.
+
 // Unregistered lists the sockets of this process that a successor would find
 // in its way: those that listen, or are bound for packets and not connected,
 // and are not handed on. Each is named by its address and descriptor, as in
 // "tcp 127.0.0.1:80 (descriptor 7)". It looks at the descriptors of this
 // process alone, not at those of its children. The error of an upgrade names
 // them if the successor has called Fail with an error that is EADDRINUSE, or
-// has ended without a word.
+// has ended without calling Ready or Fail.
 func (u *Upgrader) Unregistered() ([]string, error) {
 	list, err := u.unregistered()
 	if err != nil {
 		return nil, fmt.Errorf("ecdysis: unregistered: %w", err)
 	}
 	var names []string
-	for _, e := range list {
-		names = append(names, e.where())
+	for _, s := range list {
+		names = append(names, s.String())
 	}
 	return names, nil
 }
 
-// unregistered returns an entry for each of these sockets, whose descriptor is
-// not the entry's own.
-func (u *Upgrader) unregistered() ([]*entry, error) {
+// A strayedSocket is a socket that is not handed on.
+type strayedSocket struct {
+	wire
+	fd int // another part of the program's, which may close it
+}
+
+func (s *strayedSocket) String() string {
+	return s.label() + " (descriptor " + strconv.Itoa(s.fd) + ")"
+}
+
+// autobound reports whether the system has chosen the socket's abstract name
+// (unix(7), Autobind), by which it is in no successor's way.
+func (s *strayedSocket) autobound() bool {
+	return isAbstract(s.address) && len(s.address) == len("@00000") && strings.Trim(s.address[1:], "0123456789abcdef") == ""
+}
+
+func (u *Upgrader) unregistered() ([]*strayedSocket, error) {
 	fds, err := openDescriptors()
 	if err != nil {
 		return nil, err
@@ -55,14 +71,14 @@ func (u *Upgrader) unregistered() ([]*entry, error) {
 		}
 	}
 	u.mu.Unlock()
-	var list []*entry
+	var list []*strayedSocket
 	for _, fd := range fds {
 		if i, ok := ident(fd); numbers[fd] || ok && known[i] {
 			continue
 		}
-		e := &entry{kind: kindFile, fd: fd}
-		if e.recognize(); e.kind != kindFile {
-			list = append(list, e)
+		s := &strayedSocket{wire: wire{kind: kindFile}, fd: fd}
+		if s.recognize(fd); s.isSocket() {
+			list = append(list, s)
 		}
 	}
 	return list, nil
@@ -104,12 +120,3 @@ func openDescriptors() ([]int, error) {
 	}
 	return open, nil
 }
-
-// autobound reports whether a socket has an abstract name that the system has
-// chosen (unix(7), Autobind), by which it is in nobody's way.
-func (e *entry) autobound() bool {
-	return isAbstract(e.address) && len(e.address) == len("@00000") && strings.Trim(e.address[1:], "0123456789abcdef") == ""
-}
-
-// where names a socket by its address and descriptor.
-func (e *entry) where() string { return e.label() + " (descriptor " + strconv.Itoa(e.fd) + ")" }

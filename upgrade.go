@@ -11,28 +11,23 @@ import (
 	"time"
 )
 
-// handoverTimeout bounds what a successor does between the old process's word
-// and its own: a rename and the caller's hook for EventReady.
-const handoverTimeout = 5 * time.Second
+// Upgrade and the steps of an attempt, in order. What is handed on is in
+// upgrade_send.go, and how an attempt is given up in upgrade_rollback.go.
 
-// slice is the longest that Upgrade and Ready wait for the other process
-// without a look at everything else.
-const slice = 100 * time.Millisecond
-
-// Upgrade starts the next generation and returns nil when it has taken over,
-// after Options.Probation: this process then accepts no more, and should
-// finish what is in flight and exit.
+// Upgrade starts the successor and returns nil when it has taken over, after
+// Options.Probation. This process then accepts no more, and should finish what
+// is in flight and exit.
 //
 // Otherwise this process goes on serving, and may upgrade again at once, unless
 // the reason is that it was stopped. The error is an *UpgradeError if an
-// attempt was made and failed; ErrNotReady, ErrInProgress (another call runs,
-// or the older process still stands by), ErrUpgraded, ErrStopped or ErrInit if
-// none was made. Just after Ready the call may wait some seconds for the older
-// process to step aside.
+// attempt was made and failed. If none was made, it is ErrNotReady, ErrInProgress
+// (another call runs, or the predecessor still stands by), ErrDraining,
+// ErrUpgraded, ErrStopped or ErrInit. Just after Ready the call may wait some
+// seconds for the predecessor to step aside.
 //
-// A successor that has failed has ended and been reaped, unless the system did
-// not let this process end it; then it has been told not to serve. What it has
-// made itself, files and processes, is not cleared away.
+// A failed successor has exited and been reaped. If the system did not let
+// this process kill it, it has been told not to serve. What it has made
+// itself, files and processes, is not removed.
 func (u *Upgrader) Upgrade() error {
 	if err := u.beginUpgrade(trigger{}); err != nil {
 		return err
@@ -40,60 +35,86 @@ func (u *Upgrader) Upgrade() error {
 	return u.attempt(trigger{})
 }
 
+// beginUpgrade lets one upgrade run. After it, attempt must be called.
 func (u *Upgrader) beginUpgrade(t trigger) error {
 	if os.Getpid() == 1 && t.taker == nil {
 		return ErrInit
 	}
-	select {
-	case <-u.ready:
-	default:
+	if !u.life.isReady() {
 		u.mu.Lock()
 		defer u.mu.Unlock()
-		if u.phase == readying || u.phase == serving {
+		if u.life.phase == readying || u.life.phase == serving {
 			return ErrNotReady
 		}
-		return u.phase.refusal()
+		return u.life.phase.refusal()
 	}
-	settled := u.settle()
+	independent := u.awaitIndependence()
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.phase != serving {
-		return u.phase.refusal()
+	if u.life.phase != serving {
+		return u.life.phase.refusal()
 	}
-	if !settled {
+	if !independent {
 		return ErrInProgress
 	}
-	u.reg.forgetGone()
-	if n, limit := u.reg.draining(), u.opts.MaxDraining; limit > 0 && n > limit {
+	if n, limit := u.reg.forgetGone(), u.opts.MaxDraining; limit > 0 && n > limit {
 		return fmt.Errorf("%w: %d are alive, and Options.MaxDraining is %d", ErrDraining, n, limit)
 	}
-	u.phase = preparing
-	return nil
+	return u.life.beginUpgrade()
 }
 
-// An attempt is one call of Upgrade. Only the goroutine of that call touches
-// it.
+// A stage is how far an attempt has come. What has to be undone depends on it.
+type stage int
+
+const (
+	stagePrepare   stage = iota // nothing was started
+	stageStart                  // sockets cannot be added any more
+	stageInit                   // the successor runs
+	stagePaused                 // the listeners are paused
+	stageHandover               // EventHandover was told
+	stageCommitted              // COMMIT may have been sent: the successor may serve at any moment
+	stageProbation              // the successor serves
+)
+
+// step is the stage as an UpgradeError tells it.
+func (s stage) step() Step {
+	switch s {
+	case stagePrepare:
+		return StepPrepare
+	case stageStart:
+		return StepStart
+	case stageInit:
+		return StepInit
+	case stageProbation:
+		return StepProbation
+	}
+	return StepHandover
+}
+
+// An attempt is one upgrade. Only the goroutine of its call touches it.
 type attempt struct {
 	u *Upgrader
 	trigger
-	step      string
-	s         *stream
-	child     *child   // the successor; one that takes over is not a child
-	stateFile *os.File // what SendState has written; nil: nothing
+	stage stage
+
+	s     *stream
+	child *child // the successor; one that takes over is not a child of this process
+
+	stateFile *os.File // what SendState has written; nil if nothing
 	state     *entry   // of that
 	handed    []*entry // all else that the successor gets
 	rest      []*entry // of these, not sent yet
 	sent      int      // frames that want to be acknowledged
 	endSent   bool
-	readyPID  int         // of the process that said READY; 0: none yet
-	ownPID    int         // what that one takes its process ID for: another number in another namespace
-	wrapped   bool        // that is not the process that was started
-	other     *os.Process // that process, if the system names it
-	quiet     bool        // the listeners are
-	told      bool        // EventHandover was
-	committed bool
-	bye       bool     // the successor was stopped
-	unclaimed []string // paths that the successor does not want
+
+	// From READY.
+	readyPID     int         // the process that sent it; 0 before
+	ownPID       int         // what that process takes its ID for: another number in another PID namespace
+	wrapped      bool        // it is not the process that was started
+	readyProcess *os.Process // it, if it is another one and the system names it
+	unclaimed    []string    // paths that the successor does not want
+
+	bye bool // the successor was stopped, and did not fail
 }
 
 // event returns an event about the successor.
@@ -110,19 +131,20 @@ func (a *attempt) pid() int {
 	return a.readyPID
 }
 
-// attempt is an upgrade from where beginUpgrade has succeeded to its end.
+// attempt makes the upgrade that beginUpgrade has let begin, and tells how it
+// went.
 func (u *Upgrader) attempt(t trigger) error {
-	a := &attempt{u: u, trigger: t, step: "prepare"}
-	over := false
+	a := &attempt{u: u, trigger: t}
+	returned := false
 	defer u.stopPending()
 	defer func() {
-		if !over { // a hook has panicked or ended the goroutine
+		if !returned { // a hook has panicked or ended the goroutine
 			t.refuse(a.fail(errors.New("a hook did not return")))
 		}
 	}()
 	u.notify(a.event(EventUpgrading))
 	err := a.run()
-	over = true
+	returned = true
 	if err != nil {
 		err = a.fail(err)
 		e := a.event(EventUpgradeFailed)
@@ -135,67 +157,101 @@ func (u *Upgrader) attempt(t trigger) error {
 	defer func() { // even if the hook panics
 		answer(t.conn, okLine(e))
 		u.end(e)
-		close(u.exit)
-		// Last of all: a program may exit as soon as its accept loop ends.
+		close(u.life.exit)
+		// Last of all, because a program may exit as soon as its accept loop
+		// ends.
 		for _, e := range a.handed {
-			e.shut()
+			e.detach()
 		}
 	}()
 	u.notify(e)
 	return nil
 }
 
-// run takes the attempt from its preparation to its end. After an error the
-// caller calls fail.
+// run makes the steps in order. After an error the caller calls fail.
 func (a *attempt) run() error {
+	cmd, err := a.prepare()
+	if err != nil {
+		return err
+	}
+	a.stage = stageStart
+	deadline := time.Now().Add(a.u.opts.UpgradeTimeout)
+	if err := a.start(cmd); err != nil {
+		return err
+	}
+	a.stage = stageInit
+	if err := a.initialize(deadline); err != nil {
+		return err
+	}
+	a.closeState()
+	if err := a.handOver(); err != nil {
+		return err
+	}
+	a.stage = stageProbation
+	if err := a.standBy(); err != nil {
+		return err
+	}
+	return a.finish()
+}
+
+// prepare calls the hooks that say what is started and what its state is.
+func (a *attempt) prepare() (cmd *Command, err error) {
 	u := a.u
 	u.reap()
-	cmd := &Command{}
+	cmd = &Command{}
 	if a.taker == nil {
 		cmd = defaultCommand()
 	}
 	if u.opts.Prepare != nil {
 		if err := u.opts.Prepare(cmd); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	var err error
 	if a.stateFile, a.state, err = writeState(u.opts.SendState); err != nil {
-		return fmt.Errorf("state: %w", err)
+		return nil, fmt.Errorf("state: %w", err)
 	}
-	a.step = "start"
-	deadline := time.Now().Add(u.opts.UpgradeTimeout)
-	if err := a.start(cmd); err != nil {
+	return cmd, nil
+}
+
+// start makes the stream, fills it as far as it goes, and starts the
+// successor. If this process is killed after that, the successor finds in the
+// system what the stream holds.
+func (a *attempt) start(cmd *Command) error {
+	u := a.u
+	u.mu.Lock()
+	if err := u.life.beginHandingOn(); err != nil {
+		u.mu.Unlock()
 		return err
 	}
-	a.step = "init"
-	err = a.handOn(deadline)
+	a.handed = u.reg.takeForUpgrade()
+	u.mu.Unlock()
+	if a.state != nil { // first, so that it is there if this process dies early
+		a.rest = append(a.rest, a.state)
+	}
+	a.rest = append(a.rest, a.handed...)
+	if a.taker != nil {
+		return a.admit()
+	}
+	return a.startChild(cmd)
+}
+
+// initialize hands the rest on and waits until the successor is ready.
+func (a *attempt) initialize(deadline time.Time) error {
+	err := a.handOn(deadline)
 	if err == nil {
 		err = a.awaitReady(deadline)
 	}
-	cause := err
-	if err != nil {
-		err = a.blame(err)
+	if err == nil {
+		return nil
 	}
-	switch cause {
-	case nil:
+	blamed := a.blame(err)
+	switch err {
 	case os.ErrDeadlineExceeded:
-		return fmt.Errorf("not ready within %v (Options.UpgradeTimeout): %w", u.opts.UpgradeTimeout, err)
+		return fmt.Errorf("not ready within %v (Options.UpgradeTimeout): %w", a.u.opts.UpgradeTimeout, blamed)
 	case io.ErrUnexpectedEOF:
-		return fmt.Errorf("it ended without a call of Ready or Fail: %w", err)
-	default:
-		return err
+		return fmt.Errorf("it ended without a call of Ready or Fail: %w", blamed)
 	}
-	a.closeState()
-	a.step = "handover"
-	if err := a.handOver(); err != nil {
-		return err
-	}
-	a.step = "probation"
-	if err := a.standBy(); err != nil {
-		return err
-	}
-	return a.finish()
+	return blamed
 }
 
 func (a *attempt) awaitReady(deadline time.Time) error {
@@ -206,61 +262,64 @@ func (a *attempt) awaitReady(deadline time.Time) error {
 		}
 		switch f.kind {
 		case frameAck:
-		case frameFail:
-			return failReason(f)
 		case frameReady:
-			pid, err := strconv.Atoi(f.first("pid"))
-			if err != nil || pid <= 0 {
-				return fmt.Errorf("the successor says that its process ID is %q; want a number", f.first("pid"))
-			}
-			a.ownPID = pid
-			// Its own word is good enough to print. What may be killed is
-			// for the system to say.
-			if a.s.sender != 0 {
-				pid = a.s.sender
-			}
-			a.readyPID, a.wrapped = pid, a.child.pid != 0 && pid != a.child.pid
-			if a.wrapped && a.s.sender != 0 {
-				if a.other, err = os.FindProcess(pid); err != nil {
-					return err
-				}
-			}
-			for _, field := range f.records[0] {
-				if path, ok := strings.CutPrefix(field, "unclaimed="); ok {
-					a.unclaimed = append(a.unclaimed, path)
-				}
-			}
-			return nil
+			return a.takeReady(f)
 		default:
 			return a.unexpected(f)
 		}
 	}
 }
 
-// handOver gives the word that this process accepts no more, and returns when
-// the successor serves.
-func (a *attempt) handOver() error {
-	u := a.u
-	a.quiet = true
-	for _, e := range a.handed {
-		if !e.late {
-			e.quiet()
+// takeReady notes which process has sent READY, and what it does not want. The
+// process ID in the frame is good enough to be printed. Only the system's own
+// word decides what may be killed.
+func (a *attempt) takeReady(f frame) (err error) {
+	pid, err := strconv.Atoi(f.first("pid"))
+	if err != nil || pid <= 0 {
+		return fmt.Errorf("the successor says that its process ID is %q; want a number", f.first("pid"))
+	}
+	a.ownPID = pid
+	if a.s.sender != 0 {
+		pid = a.s.sender
+	}
+	a.readyPID, a.wrapped = pid, a.child.pid != 0 && pid != a.child.pid
+	if a.wrapped && a.s.sender != 0 {
+		if a.readyProcess, err = os.FindProcess(pid); err != nil {
+			return err
 		}
 	}
-	a.told = true
+	for _, field := range f.records[0] {
+		if path, ok := strings.CutPrefix(field, "unclaimed="); ok {
+			a.unclaimed = append(a.unclaimed, path)
+		}
+	}
+	return nil
+}
+
+// handOver pauses the listeners, commits, and returns when the successor
+// serves.
+func (a *attempt) handOver() error {
+	u := a.u
+	a.stage = stagePaused
+	for _, e := range a.handed {
+		if !e.acceptsUntilDone {
+			e.pause()
+		}
+	}
+	a.stage = stageHandover
 	u.notify(a.event(EventHandover))
 	if u.mustStop() {
 		return ErrStopped
 	}
-	a.committed = true
+	a.stage = stageCommitted
 	probation := strconv.FormatInt(int64(u.opts.Probation), 10)
 	if err := a.s.send(frameCommit, []record{{"probation=" + probation}}, nil); err != nil {
 		return gone(err)
 	}
 	f, err := a.await(time.Now().Add(handoverTimeout))
 	if err == os.ErrDeadlineExceeded && a.kill() != nil {
-		// This process may not end it, and it may serve at any moment: what
-		// it does next decides.
+		// This process may not kill it, and it may serve at any moment. So
+		// what it does next decides.
 		f, err = a.await(time.Time{})
 	}
 	if err != nil {
@@ -270,7 +329,7 @@ func (a *attempt) handOver() error {
 		return a.unexpected(f)
 	}
 	for _, e := range a.handed {
-		e.quiet()
+		e.pause()
 	}
 	return nil
 }
@@ -282,7 +341,7 @@ func (a *attempt) standBy() error {
 		if u.opts.Probation == 0 || u.mustStop() {
 			return nil
 		}
-		until := time.Now().Add(slice)
+		until := time.Now().Add(pollInterval)
 		if until.After(end) {
 			until = end
 		}
@@ -298,7 +357,8 @@ func (a *attempt) standBy() error {
 			a.bye = true
 			return nil
 		default:
-			// It serves. A frame of a later version is no reason to end it.
+			// The successor serves. A frame of a later version is no reason
+			// to end it.
 		}
 	}
 }
@@ -314,9 +374,9 @@ func (a *attempt) finish() error {
 	}
 	u := a.u
 	u.mu.Lock()
-	u.phase = upgraded
+	u.life.phase = upgraded
 	u.successor = a.s
-	u.reg.entries, u.reg.adopted = nil, nil
+	u.reg.entries, u.reg.ancestors, u.reg.adopted = nil, nil, nil
 	u.mu.Unlock()
 	for _, e := range a.handed {
 		if slices.Contains(a.unclaimed, e.path) {
@@ -324,16 +384,17 @@ func (a *attempt) finish() error {
 		}
 	}
 	a.child.release()
-	a.releaseOther()
+	a.releaseReadyProcess()
 	return nil
 }
 
-// await returns the successor's next frame. It gives up when the successor
-// has ended (io.ErrUnexpectedEOF), at the deadline (os.ErrDeadlineExceeded;
-// the zero time is none), or, before the word was given, on Stop.
+// await returns the successor's next frame. It returns io.ErrUnexpectedEOF if
+// the successor has ended, os.ErrDeadlineExceeded at the deadline, and
+// ErrStopped soon after a stop that comes before COMMIT. The zero deadline is
+// none.
 func (a *attempt) await(deadline time.Time) (frame, error) {
 	for {
-		until := time.Now().Add(slice)
+		until := time.Now().Add(pollInterval)
 		if !deadline.IsZero() && until.After(deadline) {
 			until = deadline
 		}
@@ -347,13 +408,13 @@ func (a *attempt) await(deadline time.Time) (frame, error) {
 			return f, err
 		}
 		if a.ended() {
-			// Its last words may have come since.
+			// Its last frame may have come since.
 			if f, err := a.s.next(); err == nil {
 				return f, nil
 			}
 			return f, io.ErrUnexpectedEOF
 		}
-		if !a.committed && a.u.mustStop() {
+		if a.stage < stageCommitted && a.u.mustStop() {
 			return f, ErrStopped
 		}
 		if !deadline.IsZero() && !time.Now().Before(deadline) {
@@ -365,7 +426,7 @@ func (a *attempt) await(deadline time.Time) (frame, error) {
 // ended reports whether the successor is gone, even if a process that it left
 // behind holds its end of the stream open.
 func (a *attempt) ended() bool {
-	if a.child.pid == 0 { // its stream is all that there is to see of it
+	if a.child.pid == 0 { // the stream is all that can be seen of it
 		return a.s.atEnd()
 	}
 	if !a.child.exited(0) {
@@ -374,8 +435,8 @@ func (a *attempt) ended() bool {
 	return !a.wrapped || a.s.atEnd()
 }
 
-// saidBye reports whether the successor was stopped, and not killed: it may
-// have ended since it said so.
+// saidBye reports whether the successor was stopped, and not killed. It may
+// have ended since it sent BYE.
 func (a *attempt) saidBye() bool {
 	for !a.bye {
 		f, err := a.s.next()
@@ -391,10 +452,10 @@ func (a *attempt) unexpected(f frame) error {
 	if f.kind == frameFail {
 		return failReason(f)
 	}
-	return fmt.Errorf("the successor sent a frame %q at step %s: it does not speak this protocol", f.kind, a.step)
+	return fmt.Errorf("the successor sent a frame %q at step %s: it does not use this protocol", f.kind, a.stage.step())
 }
 
-// gone is err from sending, as Upgrade reports it.
+// gone is an error of sending, as Upgrade reports it.
 func gone(err error) error {
 	if err == io.EOF {
 		return io.ErrUnexpectedEOF

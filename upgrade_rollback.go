@@ -13,33 +13,43 @@ import (
 	"time"
 )
 
-// fail ends the successor, if there is one, takes everything back, and
-// returns err with all that is known.
+// Giving an attempt up: ending the successor, taking the sockets back, and
+// finding out whose fault it was.
+
+// fail ends the successor if there is one, takes everything back, and returns
+// err with all that is known.
 func (a *attempt) fail(err error) error {
 	u := a.u
-	ue := &UpgradeError{Step: a.step, PID: a.pid(), Err: err}
+	ue := &UpgradeError{Step: a.stage.step(), PID: a.pid(), Err: err}
 	if a.child != nil {
 		ue.State = a.end(err)
+		if perr := a.restorePIDFile(); perr != nil {
+			ue.Err = fmt.Errorf("%w (then this process's own %w)", ue.Err, perr)
+		}
 	}
-	a.releaseOther()
+	a.releaseReadyProcess()
 	a.closeState()
 	if a.s != nil {
 		a.s.close()
 	}
-	if path := u.opts.PIDFile; path != "" && a.child != nil {
-		// It had no time to remove what it had written beside the file.
-		pidFile{temp: tempPIDFile(path, cmp.Or(a.ownPID, a.pid())), path: path}.discard()
-		if perr := u.restorePIDFile(); perr != nil {
-			ue.Err = fmt.Errorf("%w (then this process's own %w)", ue.Err, perr)
-		}
-	}
 	defer a.resume() // even if the hook panics
-	if a.told {
+	if a.stage >= stageHandover {
 		e := a.event(EventResumed)
 		e.PID, e.Generation = os.Getpid(), u.generation
 		u.notify(e)
 	}
 	return ue
+}
+
+// restorePIDFile makes the PID file name this process, and removes what the
+// successor had no time to remove beside it.
+func (a *attempt) restorePIDFile() error {
+	path := a.u.opts.PIDFile
+	if path == "" {
+		return nil
+	}
+	pidFile{temp: tempPIDFile(path, cmp.Or(a.ownPID, a.pid())), path: path}.discard()
+	return a.u.restorePIDFile()
 }
 
 // resume lets this process serve as before.
@@ -48,48 +58,45 @@ func (a *attempt) resume() {
 	u.mu.Lock()
 	var closed []*entry
 	for _, e := range a.handed {
-		if e.closed {
+		if e.state == closedInTransit {
 			closed = append(closed, e)
 		}
-		e.handed = false
-		if a.quiet {
-			e.resume()
+		e.state = held
+		if a.stage >= stagePaused {
+			e.unpause()
 		}
 	}
-	u.phase = serving
+	u.life.phase = serving
 	u.mu.Unlock()
 	for _, e := range closed {
 		e.removeFile()
 	}
 }
 
-// end tells the successor that it was given up, ends it, and returns how it
-// ended; nil: unknown.
+// end tells the successor that it was given up, and ends it. It returns how it
+// ended, or nil if that is not known.
 func (a *attempt) end(cause error) *os.ProcessState {
+	committed := a.stage >= stageCommitted
 	err := a.s.abort()
-	if a.taker != nil && !a.committed && err != errAgain {
+	if a.taker != nil && !committed && err != errAgain {
 		a.child.release()
-		return nil // it knows, and is not this process's to end
+		return nil // it is told, and is not this process's to end
 	}
 	if hasSaid(cause) || errors.Is(cause, io.ErrUnexpectedEOF) {
 		// It is about to exit by itself, with a status that tells more.
 		grace := time.Second
-		if a.committed {
-			grace = slice
+		if committed {
+			grace = pollInterval
 		}
 		a.child.exited(grace)
 	}
 	err = a.kill()
-	if a.committed {
-		// It has the word and may serve at any moment: only its end, and no
-		// guess, lets this process resume.
-		for !a.ended() {
-			if _, err := a.s.read(time.Now().Add(slice)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-				a.child.exited(slice)
-			}
-		}
-	} else if err != nil || !a.child.exited(handoverTimeout) {
-		// It has no word and will not serve.
+	switch {
+	case committed:
+		// It may serve at any moment. Only its end lets this process resume.
+		a.awaitEnd()
+	case err != nil || !a.child.exited(handoverTimeout):
+		// It has no COMMIT and will not serve.
 		a.u.mu.Lock()
 		a.u.zombies = append(a.u.zombies, a.child)
 		a.u.mu.Unlock()
@@ -98,26 +105,36 @@ func (a *attempt) end(cause error) *os.ProcessState {
 	return a.child.wait()
 }
 
-// kill ends the successor, and the process that it really is if it was not
-// that one which was started. It returns nil if there is nothing left to end.
+// awaitEnd returns when the successor has ended.
+func (a *attempt) awaitEnd() {
+	for !a.ended() {
+		if _, err := a.s.read(time.Now().Add(pollInterval)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			a.child.exited(pollInterval)
+		}
+	}
+}
+
+// kill kills the successor: the process that was started and, if it is another
+// one, the process that has sent READY. It returns nil if nothing is left to
+// kill.
 func (a *attempt) kill() error {
 	err := a.child.kill()
-	if a.other != nil {
-		if kerr := a.other.Kill(); kerr != nil && !errors.Is(kerr, os.ErrProcessDone) {
+	if a.readyProcess != nil {
+		if kerr := a.readyProcess.Kill(); kerr != nil && !errors.Is(kerr, os.ErrProcessDone) {
 			err = kerr
 		}
 	}
 	return err
 }
 
-func (a *attempt) releaseOther() {
-	if a.other != nil {
-		_ = a.other.Release()
+func (a *attempt) releaseReadyProcess() {
+	if a.readyProcess != nil {
+		_ = a.readyProcess.Release()
 	}
 }
 
-// reap removes from the system what is left of successors that could not be
-// ended when they were given up.
+// reap reaps the successors that could not be ended when they were given up, as
+// far as they have ended since.
 func (u *Upgrader) reap() {
 	u.mu.Lock()
 	list := u.zombies
@@ -134,11 +151,11 @@ func (u *Upgrader) reap() {
 	}
 }
 
-// A successorError is the reason that a successor gave.
+// A successorError is the reason that a successor has given.
 type successorError struct {
 	reason           string
-	inUse            bool   // it is that an address is in use
-	network, address string // this one; "": it did not say
+	inUse            bool   // the reason is that an address is in use
+	network, address string // the address; empty if the successor did not say
 }
 
 func (e successorError) Error() string { return "it says: " + e.reason }
@@ -147,7 +164,7 @@ func failReason(f frame) error {
 	return successorError{f.first("reason"), f.first("inuse") == "1", f.first("network"), f.first("address")}
 }
 
-// hasSaid reports whether err is the reason that a successor gave.
+// hasSaid reports whether err is the reason that a successor has given.
 func hasSaid(err error) bool {
 	for ; err != nil; err = errors.Unwrap(err) {
 		if _, ok := err.(successorError); ok {
@@ -157,8 +174,8 @@ func hasSaid(err error) bool {
 	return false
 }
 
-// blame adds to err, the reason of a failed start, which sockets of this
-// process have been in the successor's way.
+// blame adds to the reason of a failed start which sockets of this process were
+// in the successor's way.
 func (a *attempt) blame(err error) error {
 	said, ok := err.(successorError)
 	if ok && !said.inUse || !ok && err != io.ErrUnexpectedEOF {
@@ -169,31 +186,31 @@ func (a *attempt) blame(err error) error {
 		return err
 	}
 	cause := "perhaps because of"
-	list = slices.DeleteFunc(list, (*entry).autobound)
+	list = slices.DeleteFunc(list, (*strayedSocket).autobound)
 	if said.address != "" {
 		cause = "the cause is"
-		list = slices.DeleteFunc(list, func(e *entry) bool { return !said.meets(e) })
+		list = slices.DeleteFunc(list, func(s *strayedSocket) bool { return !said.meets(&s.wire) })
 	}
 	if len(list) == 0 {
 		return err
 	}
 	var names []string
-	for _, e := range list {
-		names = append(names, e.where())
+	for _, s := range list {
+		names = append(names, s.String())
 	}
 	return fmt.Errorf("%w; %s what this process has bound and does not hand on: %s", err, cause, strings.Join(names, ", "))
 }
 
 // meets reports whether a socket can have been in the way of the address that
 // a successor has found in use.
-func (s successorError) meets(e *entry) bool {
-	_, isUnix := socketType(e.network)
+func (s successorError) meets(w *wire) bool {
+	_, isUnix := socketType(w.network)
 	if isUnix {
-		return strings.HasPrefix(s.network, "unix") && e.address == s.address
+		return strings.HasPrefix(s.network, "unix") && w.address == s.address
 	}
-	host1, port1, err1 := net.SplitHostPort(e.address)
+	host1, port1, err1 := net.SplitHostPort(w.address)
 	host2, port2, err2 := net.SplitHostPort(s.address)
-	return e.network[:3] == s.network[:min(3, len(s.network))] && err1 == nil && err2 == nil &&
+	return w.network[:3] == s.network[:min(3, len(s.network))] && err1 == nil && err2 == nil &&
 		port1 == port2 && (host1 == host2 || isWildcard(host1) || isWildcard(host2))
 }
 

@@ -4,36 +4,17 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// start makes the stream, fills it as far as it goes, and starts the
-// successor: who ends this process from then on finds it all in the system.
-func (a *attempt) start(cmd *Command) error {
-	u := a.u
-	u.mu.Lock()
-	if u.pending != "" {
-		u.mu.Unlock()
-		return ErrStopped
-	}
-	u.phase = upgrading
-	a.handed = slices.Clone(u.reg.entries)
-	for _, e := range a.handed {
-		e.handed = true
-	}
-	u.mu.Unlock()
-	if a.state != nil { // first: it is there if this process ends early
-		a.rest = append(a.rest, a.state)
-	}
-	a.rest = append(a.rest, a.handed...)
+// What the predecessor hands on: starting the process that gets it, and sending
+// it batch by batch.
 
-	if a.taker != nil {
-		return a.admit()
-	}
+// startChild runs cmd as the successor.
+func (a *attempt) startChild(cmd *Command) error {
 	fds, err := socketpair(unix.SOCK_STREAM)
 	if err != nil {
 		return err
@@ -57,7 +38,7 @@ func (a *attempt) admit() error {
 		return err
 	}
 	a.s, a.child = a.taker, foundChild(cred.PID)
-	if a.s.atEnd() { // from here on the process is the one that was found, or has ended
+	if a.s.atEnd() { // if not, the process that was found is the one at the other end
 		return io.ErrUnexpectedEOF
 	}
 	return gone(a.fill())
@@ -99,8 +80,9 @@ func (a *attempt) sendMore() error {
 }
 
 // sendBatch sends the next entries, at most maxBatchFDs, and returns how many
-// of the list they were. The descriptors are taken and sent within calls of
-// Control, so that none can be closed, and its number used again, meanwhile.
+// of the list they were. It sends within the calls of Control by which it gets
+// the descriptors, so that none can be closed meanwhile, and its number used
+// again.
 func (a *attempt) sendBatch(list []*entry) (n int, err error) {
 	var records []record
 	var fds []int
@@ -118,7 +100,7 @@ func (a *attempt) sendBatch(list []*entry) (n int, err error) {
 		}
 		e := list[n]
 		n++
-		r := e.record()
+		r := e.encode()
 		for _, f := range r {
 			size += len(f) + 2
 		}
@@ -137,8 +119,8 @@ func (a *attempt) sendBatch(list []*entry) (n int, err error) {
 	return n, err
 }
 
-// handOn sends what start could not, batch by batch: the next goes when the
-// successor has taken all before it.
+// handOn sends what start could not send, batch by batch. The next batch goes
+// when the successor has taken all before it.
 func (a *attempt) handOn(deadline time.Time) error {
 	for acked := 0; !a.endSent; {
 		if acked < a.sent {
@@ -157,7 +139,7 @@ func (a *attempt) handOn(deadline time.Time) error {
 			return gone(err)
 		}
 		if err == errAgain {
-			// Not the buffer, which is empty, but the system's limit of
+			// The buffer is empty, so this is the system's limit of
 			// descriptors in flight, whose end is no event.
 			if a.child.exited(5 * time.Millisecond) {
 				return io.ErrUnexpectedEOF
@@ -177,6 +159,6 @@ func (a *attempt) handOn(deadline time.Time) error {
 func (a *attempt) closeState() {
 	if a.stateFile != nil {
 		a.stateFile.Close()
-		a.stateFile, a.state.fd = nil, -1
+		a.stateFile, a.state.raw = nil, nil
 	}
 }

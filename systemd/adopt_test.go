@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -173,12 +174,21 @@ func adopterMain() {
 		switch what {
 		case "Listener":
 			l, e := u.Listener(arg)
+			if errors.Is(e, fs.ErrNotExist) {
+				e = nil
+			}
 			found, err, is = l, e, l != nil
 		case "PacketConn":
 			c, e := u.PacketConn(arg)
+			if errors.Is(e, fs.ErrNotExist) {
+				e = nil
+			}
 			found, err, is = c, e, c != nil
 		case "Conn":
 			c, e := u.Conn(arg)
+			if errors.Is(e, fs.ErrNotExist) {
+				e = nil
+			}
 			if found, err, is = c, e, c != nil; is {
 				if err := u.AddConn(arg, c); err != nil {
 					die(u.Fail(err))
@@ -186,6 +196,9 @@ func adopterMain() {
 			}
 		case "File":
 			f, e := u.File(arg)
+			if errors.Is(e, fs.ErrNotExist) {
+				e = nil
+			}
 			if found, err, is = f, e, f != nil; is {
 				if err := u.AddFile(arg, f); err != nil {
 					die(u.Fail(err))

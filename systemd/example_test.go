@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log"
 	"net"
 	"os"
@@ -74,11 +75,11 @@ func ExampleAdopt() {
 	var listeners []net.Listener
 	for {
 		ln, err := u.Listener("web") // each call returns the next one
+		if errors.Is(err, fs.ErrNotExist) {
+			break
+		}
 		if err != nil {
 			log.Fatal(u.Fail(err))
-		}
-		if ln == nil {
-			break
 		}
 		listeners = append(listeners, ln)
 	}

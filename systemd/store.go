@@ -3,6 +3,7 @@ package systemd
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"slices"
@@ -157,7 +158,10 @@ func (n *Notifier) letGo(name string) error {
 	}
 	for {
 		f, err := n.u.File(name)
-		if f == nil || err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
 			return err
 		}
 		f.Close()
