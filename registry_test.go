@@ -48,8 +48,10 @@ func TestFileNames(t *testing.T) {
 
 	// In a successor what was inherited comes first, as long as it can be had.
 	s := &Upgrader{reg: registry{inherited: u.reg.entries}}
-	s.reg.inherited = append(s.reg.inherited, &entry{kind: kindPair, name: "b/pair", fd: -1})
-	s.reg.index()
+	s.reg.inherited = append(s.reg.inherited, &entry{wire: wire{kind: kindPair, name: "b/pair"}})
+	for _, e := range s.reg.inherited {
+		e.state = unclaimed
+	}
 	add(s, "b/0")
 	names(s, "b/", "b/2", "b/1", "b/0")
 	take(s, "b/2")

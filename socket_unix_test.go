@@ -84,23 +84,23 @@ func TestSmallBatches(t *testing.T) {
 		defer r.Close()
 		on(t, w, func(fd int) {
 			fd, err = duplicate(fd)
-			a.rest = append(a.rest, &entry{kind: kindFile, name: strconv.Itoa(i), fd: fd})
+			a.rest = append(a.rest, &entry{wire: wire{kind: kindFile, name: strconv.Itoa(i)}, raw: rawFD(fd)})
 		})
 		if w.Close(); err != nil {
 			t.Fatal(err)
 		}
-		defer a.rest[i].drop()
+		defer a.rest[i].closeBare()
 	}
 	deadline := time.Now().Add(20 * time.Second)
 	if err := a.fill(); err != nil || a.sent != 1 {
 		t.Fatalf("before the start %d batches are sent, %v; want 1", a.sent, err)
 	}
-	u := &Upgrader{parent: peer}
+	u := &Upgrader{pred: newPredecessor(peer)}
 	inherited := make(chan error)
 	go func() {
 		f, err := peer.read(deadline)
 		if err == nil {
-			err = u.inherit(f, deadline)
+			err = u.receiveInheritance(f, deadline)
 		}
 		inherited <- err
 	}()
@@ -120,7 +120,7 @@ func TestSmallBatches(t *testing.T) {
 		if e.name != strconv.Itoa(i) {
 			t.Errorf("entry %d is %q", i, e.name)
 		}
-		e.drop()
+		e.closeBare()
 	}
 }
 
@@ -195,9 +195,9 @@ func TestNoDualStack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer e.drop()
+	defer e.closeBare()
 	e.network, e.address = "tcp", "[::]:0"
-	if _, err := inheritedEntry(e.record(), e.fd); err != nil {
+	if _, err := inheritedEntry(e.encode(), int(e.raw.(rawFD))); err != nil {
 		t.Error(err)
 	}
 	four, err := resolve("tcp", ":80")
