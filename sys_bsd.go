@@ -60,10 +60,12 @@ func wantSender(int) {}
 
 func senderOf(*unix.SocketControlMessage) int { return 0 }
 
-// A watch tells when a process exits, by kqueue(2).
+// A watch tells when a process exits, by kqueue(2), or by wait4(2) where the
+// system refuses that and the process is a child.
 type watch struct {
 	kq   int
-	gone bool
+	own  int  // the child that wait4 is asked for; 0: none
+	gone bool // it has exited
 }
 
 func (w *watch) prepare(attr *syscall.ProcAttr, sibling bool) error {
@@ -74,47 +76,74 @@ func (w *watch) prepare(attr *syscall.ProcAttr, sibling bool) error {
 	return nil
 }
 
+// begin begins to watch a child.
 func (w *watch) begin(pid int) {
+	if !w.register(pid) {
+		w.own = pid
+	}
+}
+
+// find begins to watch a process that is not a child. If the system refuses,
+// exited reports nothing, and its stream tells of its end.
+func (w *watch) find(pid int) { w.register(pid) }
+
+func (w *watch) register(pid int) bool {
+	w.kq = -1
 	kq, err := unix.Kqueue()
 	if err != nil {
-		return // exited then never reports true: the stream and the time limit remain
+		return false
 	}
 	unix.CloseOnExec(kq)
-	w.kq = kq
 	var ev unix.Kevent_t
 	unix.SetKevent(&ev, pid, unix.EVFILT_PROC, unix.EV_ADD|unix.EV_ONESHOT)
 	ev.Fflags = unix.NOTE_EXIT
-	if _, err := unix.Kevent(kq, []unix.Kevent_t{ev}, nil, nil); err == unix.ESRCH {
-		w.gone = true
+	if _, err = systemKevent(kq, []unix.Kevent_t{ev}, nil, nil); err == nil {
+		w.kq = kq
+		return true
 	}
+	unix.Close(kq)
+	w.gone = err == unix.ESRCH
+	return w.gone
 }
 
-// find begins to watch a process that is not a child.
-func (w *watch) find(pid int) {
-	w.kq = -1
-	w.begin(pid)
-}
+// systemKevent is kevent(2). A test puts another answer in its place.
+var systemKevent = unix.Kevent
 
 // exited waits at most d for the process to exit, and reports whether it has.
 func (w *watch) exited(d time.Duration) bool {
-	if w.gone || w.kq < 0 {
-		if !w.gone {
-			time.Sleep(d)
-		}
-		return w.gone
-	}
-	for end := time.Now().Add(d); ; d = max(0, time.Until(end)) {
-		ts := unix.NsecToTimespec(int64(d))
-		n, err := unix.Kevent(w.kq, nil, make([]unix.Kevent_t, 1), &ts)
-		if err != unix.EINTR {
+	for end := time.Now().Add(d); !w.gone; d = max(0, time.Until(end)) {
+		switch {
+		case w.kq >= 0:
+			ts := unix.NsecToTimespec(int64(d))
+			n, err := unix.Kevent(w.kq, nil, make([]unix.Kevent_t, 1), &ts)
+			if err == unix.EINTR {
+				continue
+			}
 			w.gone = n > 0
 			return w.gone
+		case w.own != 0:
+			// It is reaped by this: its status is lost, because not all of
+			// these systems can look at a child and leave it. ECHILD: another
+			// part of the program has reaped it.
+			pid, err := unix.Wait4(w.own, nil, unix.WNOHANG, nil)
+			if w.gone = pid == w.own || err == unix.ECHILD; w.gone {
+				continue
+			}
+			time.Sleep(min(d, 5*time.Millisecond))
+		default:
+			time.Sleep(d)
+		}
+		if d == 0 {
+			break
 		}
 	}
+	return w.gone
 }
 
-// kill leaves it to the caller, whose own child the process is.
-func (w *watch) kill() (done bool, err error) { return false, nil }
+// kill does nothing if the process was reaped, so that its number may be
+// another's. Otherwise it leaves it to the caller, whose own child the process
+// is.
+func (w *watch) kill() (done bool, err error) { return w.gone && w.own != 0, nil }
 
 func (w *watch) close() {
 	if w.kq >= 0 {

@@ -21,9 +21,9 @@ var errTooManyFiles = fmt.Errorf("%w: the system delivered fewer descriptors tha
 // it. At the end of the stream it returns io.EOF.
 //
 // If the system had to cut the descriptors (the process has as many open as it
-// may), those that came are closed and the error is EMFILE; if a packet was
-// longer than b, they are closed and the error is EMSGSIZE. See recvmsg(2) and
-// unix(7). A plain Read of such a connection drops descriptors. If b is empty,
+// may), those that came are closed and the error is EMFILE. Some BSDs keep what
+// came with them for the next call. If a packet was longer than b, the
+// descriptors are closed and the error is EMSGSIZE. See recvmsg(2) and unix(7). A plain Read of such a connection drops descriptors. If b is empty,
 // ReadFiles returns at once and takes nothing.
 //
 // c is a *net.UnixConn, a *SeqpacketConn or a *UnixgramConn.
@@ -87,7 +87,10 @@ func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 // it returns n > 0, the descriptors have been sent. b must not be empty.
 //
 // ETOOMANYREFS means that this user has too many descriptors under way that
-// nobody has received yet; see sendmsg(2) and unix(7).
+// nobody has received yet; see sendmsg(2) and unix(7). NetBSD and DragonFly
+// drop the descriptors and b, without an error, if the peer has so much unread
+// that it has no room for them. The peer's answer to what was sent before tells
+// that there is room.
 //
 // c is a *net.UnixConn, a *SeqpacketConn or, if it is connected, a
 // *UnixgramConn.
@@ -162,9 +165,17 @@ type Cred struct {
 // PeerCred returns who made the other end of a Unix connection: who called
 // connect, listen or socketpair, as the system has noted it then (SO_PEERCRED
 // on Linux and OpenBSD, LOCAL_PEERCRED, LOCAL_PEEREID on NetBSD; see unix(7)
-// and unix(4)). FreeBSD and DragonFly do not tell the PID. A connection that
-// is none of Unix, or not connected, is an error, and so is, on Linux, a
-// datagram socket that is no socketpair's.
+// and unix(4)). A connection that is none of Unix is an error. For a socket
+// that is not connected, and on Linux for a datagram socket that is no
+// socketpair's, the error is ENOTCONN.
+//
+// Every system tells the end that has accepted a connection who has connected.
+// The end that has connected cannot rely on it on NetBSD, which returns the
+// caller's own credentials, and on OpenBSD, which returns those of the process
+// that bound the address, even if another process has inherited the socket
+// since. FreeBSD and DragonFly do not tell the PID. macOS tells the PID of the
+// process that has used the other end last, until that end is closed. On
+// DragonFly a socketpair is ENOTCONN, too.
 //
 // c is a *net.UnixConn or a *SeqpacketConn.
 func PeerCred(c syscall.Conn) (Cred, error) {
@@ -183,7 +194,10 @@ func PeerCred(c syscall.Conn) (Cred, error) {
 			}
 			return
 		}
-		if cred, err = peerCred(int(fd)); err != nil {
+		if cred, err = peerCred(int(fd)); err == unix.EINVAL || err == unix.EOPNOTSUPP {
+			err = unix.ENOTCONN // what some BSDs mean by these
+		}
+		if err != nil {
 			err = os.NewSyscallError("getsockopt", err)
 		} else if cred.UID == -1 || uint32(cred.UID) == 1<<32-1 {
 			err = os.NewSyscallError("getsockopt", unix.ENOTCONN)
