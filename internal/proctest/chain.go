@@ -21,12 +21,13 @@ type Chain struct {
 	Dir string // a directory whose path is short enough for sockets
 
 	hub    net.Listener
-	stderr *os.File   // has no name; the processes share its offset
-	next   chan *Proc // processes that the test has not asked for
+	stderr *os.File // has no name; the processes share its offset
 
-	mu    sync.Mutex
-	specs []Spec
-	all   []*Proc
+	mu      sync.Mutex
+	specs   []Spec
+	all     []*Proc
+	queue   []*Proc       // those that the test has not asked for
+	changed chan struct{} // closed, and replaced, when one joins the queue
 }
 
 // ShortDir is a t.TempDir whose path leaves room for the names of sockets.
@@ -45,7 +46,7 @@ func ShortDir(t testing.TB) string {
 // test.
 func New(t testing.TB, specs ...Spec) *Chain {
 	t.Helper()
-	c := &Chain{T: t, Dir: ShortDir(t), next: make(chan *Proc, 1000)}
+	c := &Chain{T: t, Dir: ShortDir(t), changed: make(chan struct{})}
 	c.Specs(specs...)
 	var err error
 	if c.stderr, err = os.CreateTemp("", "stderr"); err != nil {
@@ -149,34 +150,52 @@ func As(r Role) func(*exec.Cmd) {
 // Next returns the next process that connects.
 func (c *Chain) Next() *Proc {
 	c.T.Helper()
-	select {
-	case p := <-c.next:
-		return p
-	case <-time.After(Patience):
-		c.T.Fatal("no process has connected")
+	for limit := time.After(Patience); ; {
+		c.mu.Lock()
+		changed := c.changed
+		if len(c.queue) > 0 {
+			p := c.queue[0]
+			c.queue = c.queue[1:]
+			c.mu.Unlock()
+			return p
+		}
+		c.mu.Unlock()
+		select {
+		case <-changed:
+		case <-limit:
+			c.T.Fatal("no process has connected")
+		}
+	}
+}
+
+// take returns the process of the queue that has this ID, or nil.
+func (c *Chain) take(pid int) *Proc {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	i := slices.IndexFunc(c.queue, func(p *Proc) bool { return p.PID == pid || p.Process.Pid == pid })
+	if i < 0 {
 		return nil
 	}
+	p := c.queue[i]
+	c.queue = slices.Delete(c.queue, i, i+1)
+	return p
 }
 
 // None fails the test if a process has connected that it has not asked for.
 func (c *Chain) None() {
 	c.T.Helper()
-	select {
-	case p := <-c.next:
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, p := range c.queue {
 		c.T.Fatalf("process %d has been started, too", p.PID)
-	default:
 	}
 }
 
 // Discard forgets the processes that have connected.
 func (c *Chain) Discard() {
-	for {
-		select {
-		case <-c.next:
-		default:
-			return
-		}
-	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.queue = nil
 }
 
 // Stderr is what the processes have written to standard error.
@@ -239,7 +258,9 @@ func (c *Chain) serve(conn *conn) {
 		if len(c.specs) > 1 {
 			c.specs = c.specs[1:]
 		}
-		c.next <- p
+		c.queue = append(c.queue, p)
+		close(c.changed)
+		c.changed = make(chan struct{})
 	}
 	c.mu.Unlock()
 	defer close(p.gone)

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -47,11 +48,13 @@ type socket interface{ Close() error }
 
 var daemonRole = DefineRole("daemon", func() { join().run() })
 
-// Raw is a process that uses no ecdysis. It takes calls from its start on, and
-// its Daemon has a Stream to the predecessor, if it has one.
+// Raw is a process that uses no ecdysis. Its Daemon has a Stream to the
+// predecessor, if it has one. It does what is planned AtStart, and takes calls
+// from then on.
 var Raw = DefineRole("raw", func() {
 	d := join()
 	d.Stream = inheritedStream()
+	d.Point(AtStart)
 	d.takeCalls()
 	select {}
 })
@@ -425,6 +428,7 @@ var (
 		out, err := exec.Command(words[0], words[1:]...).CombinedOutput()
 		return string(out), err
 	})
+	callGoroutines = Define("goroutines", func(*Daemon, None) (int, error) { return runtime.NumGoroutine(), nil })
 	callGeneration = Define("generation", func(d *Daemon, _ None) (generation, error) {
 		return generation{d.U.Generation(), d.U.HasParent()}, nil
 	})

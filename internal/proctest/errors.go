@@ -134,6 +134,10 @@ type Failure struct {
 	PID  int
 	How  string // see How
 	Err  error  // wraps an *ecdysis.UpgradeError, if Step is not empty
+
+	// Successor is the process with that PID, if it has connected. Only the
+	// methods of Proc and Attempt set it.
+	Successor *Proc
 }
 
 func (f *Failure) Error() string { return f.Err.Error() }

@@ -201,13 +201,15 @@ func inheritedStream() net.Conn {
 	return nil
 }
 
+// CallWrite lets a Raw process write to its Stream.
+var CallWrite = Define("write", func(d *Daemon, b []byte) (None, error) {
+	_, err := d.Stream.Write(b)
+	return None{}, err
+})
+
 var (
 	callDial = Define("dial", func(d *Daemon, path string) (_ None, err error) {
 		d.Stream, err = net.Dial("unix", expand(path))
-		return None{}, err
-	})
-	callWrite = Define("write", func(d *Daemon, b []byte) (None, error) {
-		_, err := d.Stream.Write(b)
 		return None{}, err
 	})
 	callReadUntil = Define("read until", func(d *Daemon, kind byte) ([]Record, error) { return ReadUntil(d.Stream, kind) })
@@ -218,7 +220,7 @@ var (
 func (p *Proc) RawDial(path string) { p.T.Helper(); callDial.On(p, path) }
 
 // RawWrite lets a Raw process write to its Stream.
-func (p *Proc) RawWrite(b []byte) error { p.T.Helper(); return callWrite.Err(p, b) }
+func (p *Proc) RawWrite(b []byte) error { p.T.Helper(); return CallWrite.Err(p, b) }
 
 // RawReadUntil lets a Raw process read frames from its Stream up to the first
 // one of this kind, and returns its records.

@@ -295,7 +295,11 @@ func (a *Attempt) OK() {
 // Fails is WantFailure for what Upgrade returned.
 func (a *Attempt) Fails(step string, target error) *Failure {
 	a.p.T.Helper()
-	return WantFailure(a.p.T, a.Err(), step, target)
+	f := WantFailure(a.p.T, a.Err(), step, target)
+	if f.Successor = a.successor; f.Successor == nil {
+		f.Successor = a.p.Chain.take(f.PID)
+	}
+	return f
 }
 
 // Upgrade upgrades p and returns its successor, which serves.
@@ -309,10 +313,16 @@ func (p *Proc) Upgrade(s ...Successor) *Proc {
 }
 
 // FailUpgrade makes an attempt that must fail at this step; see WantFailure.
-// A successor that has connected is what Chain.Next returns.
 func (p *Proc) FailUpgrade(step string, target error, s ...Successor) *Failure {
 	p.T.Helper()
 	return p.BeginUpgrade(s...).Fails(step, target)
+}
+
+// RefusesUpgrade fails the test unless Upgrade fails with this error before it
+// begins.
+func (p *Proc) RefusesUpgrade(target error) {
+	p.T.Helper()
+	p.FailUpgrade("", target)
 }
 
 // Prepare says how the successor of the next attempt is started, whatever
@@ -389,12 +399,12 @@ func (p *Proc) Generation() int { p.T.Helper(); return callGeneration.On(p).Numb
 // HasPredecessor reports whether p has inherited from another process.
 func (p *Proc) HasPredecessor() bool { p.T.Helper(); return callGeneration.On(p).HasPredecessor }
 
-// Exit lets p exit with this status when its clients have gone, and returns
-// when it has.
+// Exit lets p exit with this status when its clients have gone, and returns as
+// Closed does.
 func (p *Proc) Exit(status int) {
 	p.T.Helper()
 	_ = callExit.Begin(p, status)
-	p.Ended()
+	p.Closed()
 }
 
 // Signal sends a signal.
@@ -405,17 +415,17 @@ func (p *Proc) Signal(s os.Signal) {
 	}
 }
 
-// Kill kills p and returns when it has ended.
+// Kill kills p and returns as Closed does.
 func (p *Proc) Kill() {
 	p.T.Helper()
 	if err := p.Process.Kill(); err != nil {
 		p.T.Fatalf("process %d: %v", p.PID, err)
 	}
-	p.Ended()
+	p.Closed()
 }
 
 // Ended returns when p has ended, or is about to: its connection to the test is
-// closed.
+// closed. See Closed.
 func (p *Proc) Ended() {
 	p.T.Helper()
 	select {

@@ -38,7 +38,7 @@ func stat(pid int) []string {
 // Reaped fails the test unless nothing is left of p.
 func (p *Proc) Reaped() {
 	p.T.Helper()
-	if s := State(p.T, p.PID); s != "" {
+	if s := State(p.T, p.Process.Pid); s != "" {
 		p.T.Fatalf("process %d is there still, in state %s", p.PID, s)
 	}
 }
@@ -47,7 +47,7 @@ func (p *Proc) Reaped() {
 // have noticed.
 func (p *Proc) Zombie() {
 	p.T.Helper()
-	p.until("a zombie", func() bool { return State(p.T, p.PID) == "Z" && threads(p.PID) == 1 })
+	p.until("a zombie", func() bool { return State(p.T, p.Process.Pid) == "Z" && threads(p.Process.Pid) == 1 })
 }
 
 // Closed returns when p has ended and everything that it had is closed. Ended
@@ -56,8 +56,8 @@ func (p *Proc) Closed() {
 	p.T.Helper()
 	p.Ended()
 	p.until("gone", func() bool {
-		s := State(p.T, p.PID)
-		return s == "" || s == "Z" && threads(p.PID) <= 1
+		s := State(p.T, p.Process.Pid)
+		return s == "" || s == "Z" && threads(p.Process.Pid) <= 1
 	})
 }
 
@@ -72,7 +72,7 @@ func (p *Proc) until(what string, f func() bool) {
 	p.T.Helper()
 	for end := time.Now().Add(Patience); !f(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			p.T.Fatalf("process %d is in state %q; want it %s", p.PID, State(p.T, p.PID), what)
+			p.T.Fatalf("process %d is in state %q; want it %s", p.PID, State(p.T, p.Process.Pid), what)
 		}
 	}
 }
@@ -108,21 +108,27 @@ func (p *Proc) Parent() int {
 	return n
 }
 
-// KeepsFDs returns a function that fails the test unless p has the descriptors
-// that it has now. It waits, because those of clients may be about to be
-// closed.
-func (p *Proc) KeepsFDs() (check func()) {
+// Goroutines counts p's goroutines.
+func (p *Proc) Goroutines() int { p.T.Helper(); return callGoroutines.On(p) }
+
+// Keeps returns a function that fails the test unless p has the descriptors
+// and goroutines, and has no more children, than it has now. It waits, because
+// those that serve a client or this test may be about to end.
+func (p *Proc) Keeps() (check func()) {
 	p.T.Helper()
-	before := p.FDs()
+	fds, goroutines, children := p.FDs(), p.Goroutines(), p.Children()
 	return func() {
 		p.T.Helper()
-		var now []string
+		var fdsNow, childrenNow []string
+		var goroutinesNow int
 		for end := time.Now().Add(Patience / 4); time.Now().Before(end); time.Sleep(time.Millisecond) {
-			if now = p.FDs(); slices.Equal(now, before) {
+			fdsNow, goroutinesNow, childrenNow = p.FDs(), p.Goroutines(), p.Children()
+			if slices.Equal(fdsNow, fds) && goroutinesNow == goroutines && len(childrenNow) <= len(children) {
 				return
 			}
 		}
-		p.T.Errorf("process %d has descriptors %q; before: %q", p.PID, now, before)
+		p.T.Errorf("process %d has descriptors %q, %d goroutines and children %q; before: %q, %d and %q",
+			p.PID, fdsNow, goroutinesNow, childrenNow, fds, goroutines, children)
 	}
 }
 
