@@ -116,9 +116,10 @@ func newSeqpacketConn(c *net.UnixConn) (*SeqpacketConn, error) {
 // to it: that Send fails is another matter. Descriptors that come with a packet are closed; see
 // [ReadFiles]. If b is empty, Recv returns at once and takes nothing.
 //
-// A packet without a byte is received as such on Linux, unless the peer has
-// closed its side and no packet follows. Other systems do not tell it from the
-// end.
+// A packet without a byte is received as such. On Linux it is the end if the
+// peer has closed its side and no packet follows. On the other systems it is
+// the end if its sender has not marked it as a packet (MSG_EOR), and NetBSD and
+// DragonFly deliver it when the next one comes.
 func (c *SeqpacketConn) Recv(b []byte) (n int, err error) {
 	if len(b) == 0 {
 		return 0, nil
@@ -139,7 +140,7 @@ func (c *SeqpacketConn) Recv(b []byte) (n int, err error) {
 
 // Send sends b as one packet, whole or, with an error, not at all: EMSGSIZE if
 // it is longer than the system takes, EPIPE if the peer has closed or, once,
-// ECONNRESET if it has closed with packets unread. It blocks
+// ECONNRESET if it has closed with packets unread (Linux alone). It blocks
 // while the peer's queue is full. An empty b is an error, for the peer could
 // not tell it from the end.
 //
@@ -191,7 +192,8 @@ func (c *SeqpacketConn) opError(op string, err error) error {
 func (c *SeqpacketConn) Close() error { return c.c.Close() }
 
 // CloseRead shuts down the reading side: Recv returns what has come before, then
-// io.EOF, and the peer's Send fails with EPIPE.
+// io.EOF. On Linux, and on FreeBSD from 15 on, the peer's Send fails with EPIPE.
+// On the other systems it succeeds, and Recv returns what it has sent.
 func (c *SeqpacketConn) CloseRead() error { return c.c.CloseRead() }
 
 // CloseWrite shuts down the writing side: the peer's Recv returns io.EOF when
