@@ -143,7 +143,7 @@ func TestPromise7NothingIsLeftBehind(t *testing.T) {
 		s := p.Upgrade()
 		p.Exit(0)
 		descriptors[i] = s.FDs()
-		programs[i], _ = s.Run("sh", "-c", "env; ls /proc/self/fd")
+		programs[i], _ = s.Run("sh", "-c", "env; ls /dev/fd")
 		p = s
 	}
 	if len(descriptors[4]) != len(descriptors[0]) {

@@ -354,21 +354,6 @@ func (d *Daemon) answerPackets(c net.PacketConn) {
 	}
 }
 
-// openFDs lists the descriptors of this process and what they are.
-func openFDs() []string {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		return []string{err.Error()}
-	}
-	var list []string
-	for _, e := range entries {
-		if target, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && !strings.HasPrefix(target, "/proc/") {
-			list = append(list, e.Name()+" "+target)
-		}
-	}
-	return list
-}
-
 // The calls that methods of Proc make, for plans.
 var (
 	CallUpgrade = Define("Upgrade", func(d *Daemon, s Successor) (None, error) {

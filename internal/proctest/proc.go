@@ -375,7 +375,8 @@ func (p *Proc) Exited() bool { p.T.Helper(); return callExited.On(p) }
 // AwaitExit returns when the channel Exit is closed.
 func (p *Proc) AwaitExit() { p.T.Helper(); callAwaitExit.On(p) }
 
-// FDs lists p's descriptors: a number, and what it is. It needs /proc.
+// FDs lists p's descriptors: a number, and what it is in the words of the
+// system.
 func (p *Proc) FDs() []string { p.T.Helper(); return callFDs.On(p) }
 
 // Environ lists p's environment.

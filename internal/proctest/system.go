@@ -1,38 +1,28 @@
 package proctest
 
 import (
-	"bytes"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"testing"
 	"time"
 )
 
-// What the system says about processes. These need Linux's /proc.
+// What the system says about processes: /proc on Linux, ps(1) elsewhere.
+
+// A process is one of the system's processes.
+type process struct {
+	pid, parent int
+	state       string // its first letter, as ps(1) shows it
+	threads     int    // 1 where the system does not tell; of a zombie the others may still run
+}
 
 // State is the state of a process as ps(1) shows it, such as "S" or "Z", or ""
 // if there is none with this ID.
 func State(t testing.TB, pid int) string {
 	t.Helper()
-	f := stat(pid)
-	if f == nil {
-		return ""
-	}
-	return f[0]
-}
-
-// stat returns the fields of /proc/PID/stat that follow the name.
-func stat(pid int) []string {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return nil
-	}
-	// "pid (name) state ppid …", and the name may hold anything.
-	return strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+	p, _ := look(pid)
+	return p.state
 }
 
 // Reaped fails the test unless nothing is left of p.
@@ -47,7 +37,10 @@ func (p *Proc) Reaped() {
 // have noticed.
 func (p *Proc) Zombie() {
 	p.T.Helper()
-	p.until("a zombie", func() bool { return State(p.T, p.Process.Pid) == "Z" && threads(p.Process.Pid) == 1 })
+	p.until("a zombie", func() bool {
+		s, ok := look(p.Process.Pid)
+		return ok && s.state == "Z" && s.threads == 1
+	})
 }
 
 // Closed returns when p has ended and everything that it had is closed. Ended
@@ -56,15 +49,9 @@ func (p *Proc) Closed() {
 	p.T.Helper()
 	p.Ended()
 	p.until("gone", func() bool {
-		s := State(p.T, p.Process.Pid)
-		return s == "" || s == "Z" && threads(p.Process.Pid) <= 1
+		s, ok := look(p.Process.Pid)
+		return !ok || s.state == "Z" && s.threads <= 1
 	})
-}
-
-// threads counts a process's threads. Of a zombie the others may still run.
-func threads(pid int) int {
-	list, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
-	return len(list)
 }
 
 // until looks again and again, because the system tells of no such event.
@@ -81,14 +68,13 @@ func (p *Proc) until(what string, f func() bool) {
 // were not reaped are among them.
 func (p *Proc) Children() (list []string) {
 	p.T.Helper()
-	all, err := filepath.Glob("/proc/[0-9]*")
-	if err != nil || len(all) == 0 {
-		p.T.Skip("needs /proc")
+	all, err := processes()
+	if err != nil {
+		p.T.Fatal(err)
 	}
-	for _, dir := range all {
-		pid, _ := strconv.Atoi(filepath.Base(dir))
-		if f := stat(pid); f != nil && f[1] == strconv.Itoa(p.PID) {
-			list = append(list, fmt.Sprint(pid, " ", f[0]))
+	for _, c := range all {
+		if c.parent == p.PID {
+			list = append(list, fmt.Sprint(c.pid, " ", c.state))
 		}
 	}
 	return list
@@ -97,15 +83,11 @@ func (p *Proc) Children() (list []string) {
 // Parent returns the ID of p's parent.
 func (p *Proc) Parent() int {
 	p.T.Helper()
-	f := stat(p.PID)
-	if f == nil {
-		p.T.Skip("needs /proc")
+	s, ok := look(p.PID)
+	if !ok {
+		p.T.Fatalf("process %d is not there", p.PID)
 	}
-	n, err := strconv.Atoi(f[1])
-	if err != nil {
-		p.T.Fatal(err)
-	}
-	return n
+	return s.parent
 }
 
 // Goroutines counts p's goroutines.
