@@ -28,11 +28,12 @@ import "fmt"
 //
 // The keeper
 //
-//   - forwards signals to the generation that serves, from the first one's
-//     start on, and to nobody else. If that one has ended while older ones
-//     still serve their clients, they go to the youngest of those. Not
-//     forwarded are SIGCHLD, SIGIO, SIGPIPE, SIGTTIN, SIGTTOU, SIGURG and what
-//     cannot be caught.
+//   - forwards signals to the generation that serves, and to nobody else. If
+//     that one has ended while older ones still serve their clients, they go to
+//     the youngest of those. Not forwarded are SIGCHLD, SIGIO, SIGPIPE, SIGTTIN,
+//     SIGTTOU, SIGURG and what cannot be caught.
+//   - holds signals back until the first generation is ready, because that may
+//     not catch them yet. SIGTERM, SIGINT and SIGQUIT are forwarded at once.
 //   - stops all generations with itself on a terminal's Ctrl-Z (SIGTSTP), and
 //     continues them when it is continued. They are a process group of their
 //     own, so that a Ctrl-C comes once, to the one that serves; they must not

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -23,6 +24,17 @@ const (
 	keeperRole = "keeper group=%d youngest=%d dir=%d signals=%d gate=%d"
 )
 
+// Signals are forwarded, but for those in own and unused. Until the first
+// generation is ready only those in ending are: a SIGHUP that it does not catch
+// yet would end it, and the keeper with it.
+var (
+	ending = []unix.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGQUIT}
+	own    = []unix.Signal{unix.SIGCHLD, unix.SIGIO, unix.SIGTSTP} // the keeper itself acts on them
+	// Those of a terminal for a process in its background, those that Go and
+	// libc use themselves, and those that cannot be caught.
+	unused = []unix.Signal{unix.SIGPIPE, unix.SIGURG, unix.SIGTTIN, unix.SIGTTOU, 32, 33, unix.SIGKILL, unix.SIGSTOP}
+)
+
 // A keeper is the process that stays. It waits for signals alone: a child's end
 // and a change of the PID file are signals, too. All of them are blocked, from
 // the first instruction of its program on, and read from a signalfd(2). So none
@@ -33,6 +45,7 @@ type keeper struct {
 	signals int // the signalfd
 	gate    int // a byte into it lets the first generation go; -1: it has gone
 
+	ready       bool             // the first generation has been ready
 	seen        os.FileInfo      // of the PID file that was read last
 	group       int              // the process group of all generations
 	generations []int            // those that live; the youngest is the last one
@@ -75,13 +88,19 @@ func (k *keeper) start() (err error) {
 		return &os.PathError{Op: "open", Path: dir, Err: err}
 	}
 	defer unix.Close(k.dir)
-	// All but those of a terminal for a process in its background, and those
-	// that Go and libc use themselves.
-	caught := allBut(unix.SIGPIPE, unix.SIGURG, unix.SIGTTIN, unix.SIGTTOU, 32, 33)
-	if k.signals, err = unix.Signalfd(-1, caught, unix.SFD_CLOEXEC); err != nil {
+	if k.signals, err = unix.Signalfd(-1, only(ending, own), unix.SFD_CLOEXEC); err != nil {
 		return os.NewSyscallError("signalfd", err)
 	}
 	defer unix.Close(k.signals)
+	// Signals that have to wait are caught until this process blocks them,
+	// because they would end it.
+	early := make(chan os.Signal, 64)
+	for s := unix.Signal(1); s <= 64; s++ {
+		if !slices.Contains(slices.Concat(ending, own, unused), s) && !signal.Ignored(s) { // as by nohup(1), which the child inherits
+			signal.Notify(early, s)
+		}
+	}
+	defer signal.Stop(early)
 	// The child waits at a gate until the keeper runs. If this process is
 	// killed before, it ends, too.
 	var gate [2]int
@@ -110,6 +129,7 @@ func (k *keeper) start() (err error) {
 		}
 	}
 	if err = hold(); err == nil {
+		raiseAgain(early)
 		err = k.execute(program)
 	}
 	_ = unix.Kill(k.youngest, unix.SIGKILL)
@@ -141,6 +161,17 @@ func hold() error {
 	return os.NewSyscallError("seccomp", err)
 }
 
+// raiseAgain makes the signals that were caught pending in this thread, which
+// blocks them, so that the next program has them.
+func raiseAgain(caught chan os.Signal) {
+	none := make(chan os.Signal, 1)
+	signal.Notify(none, unix.SIGWINCH)
+	signal.Stop(none) // returns when all that has come is in its channel
+	for len(caught) > 0 {
+		_ = unix.Tgkill(unix.Getpid(), unix.Gettid(), (<-caught).(unix.Signal))
+	}
+}
+
 // execute makes this process run the program, as the keeper that it is.
 func (k *keeper) execute(program string) error {
 	role := fmt.Sprintf(keeperRole, k.group, k.youngest, k.dir, k.signals, k.gate)
@@ -152,15 +183,21 @@ func (k *keeper) execute(program string) error {
 	return &os.PathError{Op: "exec", Path: program, Err: err}
 }
 
-// allBut is the set of all signals but those.
-func allBut(signals ...unix.Signal) *unix.Sigset_t {
+// only is the set of the signals in the lists.
+func only(lists ...[]unix.Signal) *unix.Sigset_t {
 	set := &unix.Sigset_t{}
+	bits := uint(unsafe.Sizeof(set.Val[0])) * 8
+	for _, s := range slices.Concat(lists...) {
+		set.Val[uint(s-1)/bits] |= 1 << (uint(s-1) % bits)
+	}
+	return set
+}
+
+// allBut is the set of all signals but those in the lists.
+func allBut(lists ...[]unix.Signal) *unix.Sigset_t {
+	set := only(lists...)
 	for i := range set.Val {
 		set.Val[i] = ^set.Val[i]
-	}
-	bits := uint(unsafe.Sizeof(set.Val[0])) * 8
-	for _, s := range signals {
-		set.Val[uint(s-1)/bits] &^= 1 << (uint(s-1) % bits)
 	}
 	return set
 }
@@ -168,7 +205,7 @@ func allBut(signals ...unix.Signal) *unix.Sigset_t {
 // run keeps the generations, until none is left.
 func (k *keeper) run() error {
 	runtime.LockOSThread() // the thread that raises signals, and executes
-	if k.gate >= 0 {
+	if k.ready = k.gate < 0; !k.ready {
 		k.named() // whatever is there now is of an earlier life
 		_, _ = unix.Write(k.gate, []byte{0})
 		unix.Close(k.gate)
@@ -212,6 +249,10 @@ func (k *keeper) look(ended int) {
 	if pid := k.named(); pid > 0 && lives(pid) {
 		k.generations = append(slices.DeleteFunc(k.generations, func(p int) bool { return p == pid }), pid)
 		k.youngest, k.status = pid, nil
+		if !k.ready { // what has waited comes now
+			k.ready = true
+			_, _ = unix.Signalfd(k.signals, allBut(unused), 0)
+		}
 	}
 }
 
@@ -258,7 +299,7 @@ func (k *keeper) forward(s unix.Signal) {
 // renew makes this process run the program that the only generation runs, if
 // that is a new one.
 func (k *keeper) renew() {
-	if len(k.generations) != 1 || k.status != nil {
+	if !k.ready || len(k.generations) != 1 || k.status != nil {
 		return
 	}
 	program, _ := exec.LookPath(os.Args[0])
@@ -277,5 +318,5 @@ func raise(s unix.Signal) {
 		_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(s), uintptr(unsafe.Pointer(&dfl)), 0, size, 0, 0)
 	}
 	_ = unix.Tgkill(unix.Getpid(), unix.Gettid(), s)
-	_, _ = unix.Pselect(0, nil, nil, nil, &unix.Timespec{}, allBut(s)) // which unblocks it
+	_, _ = unix.Pselect(0, nil, nil, nil, &unix.Timespec{}, allBut([]unix.Signal{s})) // which unblocks it
 }

@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -71,6 +72,13 @@ func serve(dir string) {
 		_ = unix.Setrlimit(unix.RLIMIT_CORE, &core)
 	}
 	pidFile := filepath.Join(dir, "pid")
+	if _, err := os.Stat(filepath.Join(dir, "late")); err == nil && strings.HasPrefix(os.Getenv("ECDYSIS_KEEPER"), "child") {
+		fmt.Fprintln(os.Stderr, "the child has begun")
+		for err == nil {
+			time.Sleep(5 * time.Millisecond)
+			_, err = os.Stat(filepath.Join(dir, "late"))
+		}
+	}
 	if err := keeper.Stay(pidFile); err != nil {
 		fatal(err)
 	}
@@ -510,6 +518,14 @@ func inode(t *testing.T, path string) uint64 {
 	return st.Ino
 }
 
+// runs reports whether the process runs the program that is at path now.
+func runs(t *testing.T, pid int, path string) bool {
+	t.Helper()
+	var st unix.Stat_t
+	// There is none for a moment, while another thread than the first executes.
+	return unix.Stat(fmt.Sprintf("/proc/%d/exe", pid), &st) == nil && st.Ino == inode(t, path)
+}
+
 // eventually waits for what happens in another process, of which no event tells.
 func eventually(t *testing.T, what string, f func() bool) {
 	t.Helper()
@@ -537,7 +553,7 @@ func TestRenewed(t *testing.T) {
 	r.unset("fail")
 	r.set("probation", "") // the second generation will take the third one back
 	second, _ := r.upgrade()
-	eventually(t, "the keeper runs the new program", func() bool { return inode(t, proc+"exe") == inode(t, r.path) })
+	eventually(t, "the keeper runs the new program", func() bool { return runs(t, r.cmd.Process.Pid, r.path) })
 	before = inode(t, proc+"exe")
 	r.install()
 	r.signal(syscall.SIGHUP)
@@ -556,7 +572,7 @@ func TestRenewed(t *testing.T) {
 	if err := unix.Kill(n, unix.SIGKILL); err != nil { // or it would stand by for a minute
 		t.Fatal(err)
 	}
-	eventually(t, "the keeper runs the new program", func() bool { return inode(t, proc+"exe") == inode(t, r.path) })
+	eventually(t, "the keeper runs the new program", func() bool { return runs(t, r.cmd.Process.Pid, r.path) })
 	r.upgrade()
 	r.set("do", "die 1")
 	r.signal(syscall.SIGUSR2)
@@ -577,7 +593,7 @@ func TestRenewedUnderSignals(t *testing.T) {
 				r.install()
 				pid, _ := r.upgrade()
 				for renewed := false; !renewed; {
-					renewed = inode(t, fmt.Sprintf("/proc/%d/exe", r.cmd.Process.Pid)) == inode(t, r.path)
+					renewed = runs(t, r.cmd.Process.Pid, r.path)
 					for _, s := range []syscall.Signal{syscall.SIGQUIT, syscall.SIGABRT, syscall.SIGUSR1, 40} {
 						if got := r.reached(s); got != pid {
 							t.Fatalf("signal %d reached %s; want %s", s, got, pid)
@@ -626,6 +642,20 @@ func TestHoldsNothing(t *testing.T) {
 	}
 }
 
+// children returns how many children a process has.
+func children(t *testing.T, pid int) (n int) {
+	t.Helper()
+	if _, err := os.Stat("/proc/self/task/" + strconv.Itoa(os.Getpid()) + "/children"); err != nil {
+		t.Skip("the kernel does not tell a process's children: ", err)
+	}
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, f := range tasks {
+		b, _ := os.ReadFile(f)
+		n += len(strings.Fields(string(b)))
+	}
+	return n
+}
+
 func TestOrphans(t *testing.T) {
 	for _, name := range []string{"child", "PID 1"} {
 		t.Run(name, func(t *testing.T) {
@@ -637,18 +667,95 @@ func TestOrphans(t *testing.T) {
 			r.signal(syscall.SIGUSR2)
 			r.expect(`orphan \d+ <nil>`)
 			eventually(t, "one child is left", func() bool {
-				if _, err := os.Stat("/proc/self/task/" + strconv.Itoa(os.Getpid()) + "/children"); err != nil {
-					t.Skip("the kernel does not tell a process's children: ", err)
-				}
-				out, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", r.cmd.Process.Pid))
-				n := 0
-				for _, f := range out {
-					b, _ := os.ReadFile(f)
-					n += len(strings.Fields(string(b)))
-				}
-				return n == 1
+				return children(t, r.cmd.Process.Pid) == 1
 			})
 		})
+	}
+}
+
+// late makes the first generation wait before it catches anything.
+func late(c *exec.Cmd) {
+	if err := os.WriteFile(filepath.Join(filepath.Dir(c.Path), "late"), nil, 0o644); err != nil {
+		panic(err)
+	}
+}
+
+// A signal to a first generation that has caught nothing yet would end it, and
+// the container with it.
+func TestHeldBack(t *testing.T) {
+	for name, mode := range modes {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := start(t, append(mode[:len(mode):len(mode)], late)...)
+			r.expect("^the child has begun$")
+			for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGALRM, syscall.SIGWINCH, 40} {
+				r.signal(s)
+			}
+			r.unset("late")
+			want := map[string]bool{"upgraded by signal hangup": true, "got 10": true, "got 14": true, "got 28": true, "got 40": true}
+			for len(want) > 0 { // in any order
+				got := r.expect(`: (upgraded by signal hangup|got \d+)`)[1]
+				if !want[got] {
+					t.Fatalf("%q has come a second time; yet to come: %v", got, want)
+				}
+				delete(want, got)
+			}
+			r.set("do", "exit 7")
+			r.signal(syscall.SIGUSR2)
+			if s := r.end(); s.ExitStatus() != 7 {
+				t.Fatalf("keeper: %v; want exit status 7", r.cmd.ProcessState)
+			}
+		})
+	}
+}
+
+// What is there to end a process is not held back.
+func TestEndedEarly(t *testing.T) {
+	for _, s := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT} {
+		for name, mode := range modes {
+			t.Run(fmt.Sprint(s, " ", name), func(t *testing.T) {
+				t.Parallel()
+				r := start(t, append(mode[:len(mode):len(mode)], late)...)
+				r.expect("^the child has begun$")
+				r.signal(syscall.SIGHUP)
+				r.signal(s)
+				got := r.end()
+				if s == syscall.SIGQUIT { // Go's own: it prints where it is, and exits
+					if got.ExitStatus() != 2 {
+						t.Fatalf("keeper: %v; want exit status 2", r.cmd.ProcessState)
+					}
+				} else if strings.HasPrefix(name, "PID 1") {
+					if got.ExitStatus() != 128+int(s) {
+						t.Fatalf("PID 1: %v; want exit status %d", r.cmd.ProcessState, 128+s)
+					}
+				} else if !got.Signaled() || got.Signal() != s {
+					t.Fatalf("keeper: %v; want death by %v", r.cmd.ProcessState, s)
+				}
+			})
+		}
+	}
+}
+
+// A signal that comes as soon as there is a child finds the first program of
+// the keeper, which has descriptors to go through before it blocks signals.
+func TestSignalAtStart(t *testing.T) {
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	many := func(c *exec.Cmd) { c.ExtraFiles = slices.Repeat([]*os.File{null}, 500) }
+	for range 10 {
+		r := start(t, many)
+		for end := time.Now().Add(patience); children(t, r.cmd.Process.Pid) == 0; { // without a pause, so as not to be late
+			if time.Now().After(end) {
+				t.Fatal("the keeper has no child")
+			}
+		}
+		r.signal(syscall.SIGHUP)
+		group, _ := strconv.Atoi(r.expect(`: serving \S+ in group (\d+)`)[1])
+		_ = unix.Kill(-group, unix.SIGKILL) // an upgrade may be on its way
+		r.end()
 	}
 }
 
@@ -833,7 +940,7 @@ func TestContainer(t *testing.T) {
 	}
 	c.Close()
 	eventually(t, "PID 1 runs the new program", func() bool {
-		return inode(t, fmt.Sprintf("/proc/%d/exe", r.cmd.Process.Pid)) == inode(t, root+entry[0])
+		return runs(t, r.cmd.Process.Pid, root+entry[0])
 	})
 	if err := os.Remove(root + entry[0]); err != nil {
 		t.Fatal(err)
