@@ -113,8 +113,9 @@ func newSeqpacketConn(c *net.UnixConn) (*SeqpacketConn, error) {
 // b fills b, what does not fit is lost, and the error is EMSGSIZE and says so.
 // At the end, when the peer has closed its side and every packet was received,
 // Recv returns io.EOF, whether or not the peer has received all that was sent
-// to it: that Send fails is another matter. Descriptors that come with a packet are closed; see
-// [ReadFiles]. If b is empty, Recv returns at once and takes nothing.
+// to it. If b is empty, Recv returns at once and takes nothing. Descriptors that
+// come with a packet are closed; NetBSD does that when some Unix socket is
+// closed. See [ReadFiles].
 //
 // A packet without a byte is received as such. On Linux it is the end if the
 // peer has closed its side and no packet follows. On the other systems it is

@@ -38,9 +38,7 @@ func (p *packetIn) receive(fd int) bool {
 		p.err = io.EOF
 	case n > len(p.b):
 		p.n, p.err = len(p.b), tooLong(len(p.b))
-		if flags&(unix.MSG_EOR|unix.MSG_TRUNC) == 0 && restStays() {
-			drainPacket(fd)
-		}
+		leftRest(fd, flags)
 	default:
 		p.n = n
 		if flags&unix.MSG_TRUNC != 0 {
@@ -57,6 +55,16 @@ func atEnd(_, flags int) bool { return flags&unix.MSG_EOR == 0 }
 func (p *packetIn) end() (int, error) {
 	p.b = nil
 	return p.n, p.err
+}
+
+// leftRest reports whether a full buffer was too small for a packet whose rest
+// would be received next. It takes the rest.
+func leftRest(fd, flags int) bool {
+	if flags&(unix.MSG_EOR|unix.MSG_TRUNC) != 0 || !restStays() || socketTypeOf(fd) != unix.SOCK_SEQPACKET {
+		return false
+	}
+	drainPacket(fd)
+	return true
 }
 
 // restStays reports whether what is left of a packet that was longer than the

@@ -65,6 +65,9 @@ func atEnd(fd, _ int) bool {
 	return err != nil || unread == 0
 }
 
+// leftRest reports that there is none: what does not fit is lost.
+func leftRest(_, _ int) bool { return false }
+
 // transmit reports whether there is a result. The system takes a packet whole
 // or not at all.
 func (p *packetOut) transmit(fd int) bool {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -63,7 +64,7 @@ func on(t *testing.T, c syscall.Conn, f func(fd int)) {
 // all is handed on in several, each after the last was taken.
 func TestSmallBatches(t *testing.T) {
 	become(t, &maxBatchFDs, 3)
-	become(t, &oneBatchUnread, true)
+	become(t, &dropsDescriptors, true)
 	near, far := pairOf(t, unix.SOCK_STREAM)
 	s, err := streamOn(near)
 	if err != nil {
@@ -144,6 +145,37 @@ func TestWriteFilesLimit(t *testing.T) {
 	}
 	if len(got) != 40 || err != nil {
 		t.Errorf("%d files come, %v; want 40", len(got), err)
+	}
+}
+
+// Where descriptors are dropped for want of room, and what comes with them, the
+// first byte of a stream takes them along alone.
+func TestDescriptorsWithOneByte(t *testing.T) {
+	become(t, &dropsDescriptors, true)
+	send, sizes := systemSend, []int(nil)
+	become(t, &systemSend, func(fd int, p, oob []byte, to unix.Sockaddr, flags int) (int, error) {
+		if len(oob) > 0 {
+			sizes = append(sizes, len(p))
+		}
+		return send(fd, p, oob, to, flags)
+	})
+	c, peer := pairOf(t, unix.SOCK_STREAM)
+	if n, err := WriteFiles(c, []byte("text"), os.Stdin); n != 4 || err != nil {
+		t.Fatalf("WriteFiles: %d, %v", n, err)
+	}
+	s, err := streamOn(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.send(frameSockets, []record{{"kind=file"}}, []int{0}); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(sizes, []int{1, 1}) {
+		t.Errorf("descriptors went with %d bytes; want one and one", sizes)
+	}
+	c.Close()
+	if b, err := io.ReadAll(peer); err != nil || string(b) != "text"+string(appendFrame(nil, frameSockets, []record{{"kind=file"}})) {
+		t.Errorf("%q has come, %v", b, err)
 	}
 }
 

@@ -315,7 +315,7 @@ func (s *stream) send(kind byte, records []record, fds []int) error {
 		return fmt.Errorf("a frame %q of %d bytes; there can be %d", kind, len(b), maxFrame)
 	}
 	first := b
-	if len(fds) > 0 && oneBatchUnread {
+	if len(fds) > 0 && dropsDescriptors {
 		first = b[:1] // the rest can wait for room without being lost
 	}
 	n, err := s.write(first, oob)

@@ -29,7 +29,7 @@ var (
 	lateNotConnected = runtime.GOOS == "freebsd"
 	// NetBSD and DragonFly drop descriptors that their receiver has no room
 	// for, and the data that they came with.
-	oneBatchUnread = true
+	dropsDescriptors = true
 )
 
 // batchFDs is how many descriptors go in one message: DragonFly takes 42,

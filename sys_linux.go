@@ -15,7 +15,7 @@ var (
 	marksLate        = false
 	shrinkingBuffers = false
 	lateNotConnected = false
-	oneBatchUnread   = false // a stream holds what its buffer takes, descriptors included
+	dropsDescriptors = false // a stream holds what its buffer takes, descriptors included
 )
 
 const (

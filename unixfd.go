@@ -50,6 +50,9 @@ func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 			typ := socketTypeOf(int(fd))
 			end = typ == unix.SOCK_STREAM || typ == unix.SOCK_SEQPACKET && atEnd(int(fd), flags)
 		}
+		if err == nil && n == len(b) && leftRest(int(fd), flags) {
+			flags |= unix.MSG_TRUNC
+		}
 		return err != unix.EAGAIN
 	})
 	if rerr != nil {
@@ -115,13 +118,17 @@ func WriteFiles(c syscall.Conn, b []byte, files ...*os.File) (n int, err error) 
 		}
 		var err error
 		werr := raw.Write(func(fd uintptr) bool {
-			flags := 0
-			if socketTypeOf(int(fd)) == unix.SOCK_SEQPACKET {
+			flags, typ := 0, socketTypeOf(int(fd))
+			if typ == unix.SOCK_SEQPACKET {
 				flags = unix.MSG_EOR
 			}
 			for err = nil; err == nil && n < len(b); {
+				part := b[n:]
+				if oob != nil && typ == unix.SOCK_STREAM && dropsDescriptors {
+					part = part[:1] // the rest can wait for room without being lost
+				}
 				var m int
-				if m, err = sendmsg(int(fd), b[n:], oob, flags); err == nil {
+				if m, err = sendmsg(int(fd), part, oob, flags); err == nil {
 					n += m
 					oob = nil
 				}

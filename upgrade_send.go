@@ -58,7 +58,7 @@ func (a *attempt) fill() error {
 		} else if err != nil {
 			return err
 		}
-		if oneBatchUnread && len(a.rest) > 0 {
+		if dropsDescriptors && len(a.rest) > 0 {
 			break
 		}
 	}
