@@ -30,11 +30,11 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"sync"
 	"syscall"
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/drain"
 )
 
 var (
@@ -42,7 +42,7 @@ var (
 	unixPath = flag.String("unix", "", "`path` of a Unix socket to listen on; empty: none")
 	pidFile  = flag.String("pidfile", "", "`path` of the PID file; empty: none")
 	control  = flag.String("control", "", "existing `directory` for the control sockets; empty: none")
-	drain    = flag.Duration("drain", 30*time.Second, "longest `time` to serve connected clients after the end of accepting")
+	limit    = flag.Duration("drain", 30*time.Second, "longest `time` to serve connected clients after the end of accepting")
 	timeout  = flag.Duration("timeout", ecdysis.DefaultUpgradeTimeout, "longest `time` that a new process may take to become ready")
 	standBy  = flag.Duration("probation", 0, "`time` for which the old process comes back if the new one ends")
 
@@ -107,7 +107,7 @@ func run() error {
 
 	// Whatever can fail comes before Ready. Until then an older process, if
 	// there is one, goes on serving; Fail makes it report the reason.
-	if flag.NArg() > 0 || *drain < 0 {
+	if flag.NArg() > 0 || *limit < 0 {
 		return u.Fail(errors.New("there are no arguments beside the flags, and -drain is not negative; see echod -h"))
 	}
 	var listeners []net.Listener
@@ -129,62 +129,25 @@ func run() error {
 		return err
 	}
 
-	s := server{clients: make(map[net.Conn]bool)}
+	srv := &drain.Server{Handler: echo}
 	for _, ln := range listeners {
-		s.accepting.Go(func() { s.accept(ln) })
+		go srv.Serve(ln) // until Shutdown, because nothing else ends Accept
 	}
-	u.Wait() // until replaced or stopped: from here on Accept fails
-	s.finish(*drain)
+	u.Wait() // until replaced or stopped
+	ctx, cancel := context.WithTimeout(context.Background(), *limit)
+	defer cancel()
+	err = srv.Shutdown(ctx)
 	u.Stop() // says goodbye after a partial stop; nothing after the others
+	if err != nil {
+		log.Print(err) // how many clients did not end in time
+		return nil
+	}
 	log.Print("all clients are served")
 	return nil
 }
 
-// A server knows its clients, so that it can end.
-type server struct {
-	accepting sync.WaitGroup // accept loops
-	serving   sync.WaitGroup // one for each client
-
-	mu      sync.Mutex
-	clients map[net.Conn]bool
-}
-
-// accept serves every client of ln until ln is closed.
-func (s *server) accept(ln net.Listener) {
-	for {
-		c, err := ln.Accept()
-		if err != nil {
-			return // nothing but the end of accepting
-		}
-		s.mu.Lock()
-		s.clients[c] = true
-		s.mu.Unlock()
-		s.serving.Go(func() {
-			echo(c)
-			s.mu.Lock()
-			delete(s.clients, c)
-			s.mu.Unlock()
-			c.Close()
-		})
-	}
-}
-
-// finish returns when the clients have gone, or when their time is over: then
-// no more is read from them, and what was read is answered within a second.
-func (s *server) finish(limit time.Duration) {
-	s.accepting.Wait() // first, so that no client is missed
-	end := time.Now().Add(limit)
-	s.mu.Lock()
-	for c := range s.clients {
-		_ = c.SetReadDeadline(end)
-		_ = c.SetWriteDeadline(end.Add(time.Second))
-	}
-	s.mu.Unlock()
-	s.serving.Wait()
-}
-
 // echo sends back what it reads until the client closes, the connection
-// breaks, or finish has set an end.
+// breaks, or Shutdown ends reading.
 func echo(c net.Conn) {
 	buf := make([]byte, 16<<10)
 	for {
