@@ -1,23 +1,29 @@
-// Kept is the smallest daemon under a keeper: for containers, terminals and
+// Kept is a small daemon under a keeper: for containers, terminals and
 // supervisors that know one process. It sends back what its clients send, is
-// replaced on SIGHUP and stopped by SIGTERM or Ctrl-C.
+// replaced on SIGHUP and stopped by SIGTERM or Ctrl-C. A generation that was
+// replaced or stopped serves its clients for -drain at most, because the keeper
+// and its container live as long as any generation.
 package main
 
 import (
+	"context"
 	"flag"
 	"io"
 	"log"
+	"net"
 	"os"
-	"sync"
 	"syscall"
+	"time"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/drain"
 	"github.com/ecdysis-go/ecdysis/keeper"
 )
 
 func main() {
 	address := flag.String("tcp", ":7000", "TCP `address` to listen on")
 	pidFile := flag.String("pidfile", "/kept.pid", "`path` of the PID file")
+	limit := flag.Duration("drain", 30*time.Second, "longest `time` to serve connected clients after the end of accepting")
 	flag.Parse()
 	if err := keeper.Stay(*pidFile); err != nil {
 		log.Fatal(err)
@@ -40,20 +46,15 @@ func main() {
 		log.Fatal(u.Fail(err))
 	}
 	log.Print("listening on ", ln.Addr())
+	srv := &drain.Server{Handler: func(c net.Conn) { _, _ = io.Copy(c, c) }}
+	go srv.Serve(ln) // waits for Ready
 	if err := u.Ready(); err != nil {
 		log.Fatal(err)
 	}
-	go func() { u.Wait(); ln.Close() }()
-	var clients sync.WaitGroup
-	for {
-		c, err := ln.Accept()
-		if err != nil {
-			break
-		}
-		clients.Go(func() {
-			defer c.Close()
-			_, _ = io.Copy(c, c)
-		})
+	u.Wait() // until replaced or stopped
+	ctx, cancel := context.WithTimeout(context.Background(), *limit)
+	defer cancel()
+	if err := srv.Shutdown(ctx); err != nil {
+		log.Print(err)
 	}
-	clients.Wait()
 }
