@@ -21,7 +21,7 @@ func TestPromise1AClientNeverSeesAnUpgrade(t *testing.T) {
 	clients := p.Load(2)
 	for range 3 {
 		p.Chain.Specs(fails, works)
-		p.FailUpgrade("init", io.ErrUnexpectedEOF)
+		p.FailUpgrade(ecdysis.StepInit, io.ErrUnexpectedEOF)
 		clients.More(20)
 		p = p.Upgrade()
 		clients.More(20)
@@ -58,16 +58,16 @@ func TestPromise3ABadSuccessorHurtsNobody(t *testing.T) {
 	for name, bad := range map[string]struct {
 		start proctest.Successor
 		spec  proctest.Spec
-		step  string
+		step  ecdysis.Step
 	}{
-		"exits":                 {spec: proctest.TCP.At(proctest.AtListened, proctest.Exit(0)), step: "init"},
-		"panics":                {spec: proctest.TCP.At(proctest.AtListened, proctest.Panic), step: "init"},
-		"hangs":                 {spec: proctest.TCP.At(proctest.AtListened, proctest.Hang), step: "init"},
-		"refuses":               {spec: proctest.TCP.At(proctest.AtListened, proctest.Fail("the disk is full")), step: "init"},
-		"talks garbage":         {proctest.Successor{Role: proctest.Raw}, proctest.TCP.At(proctest.AtStart, proctest.CallWrite.Do([]byte("GET /"))), "init"},
-		"is the wrong program":  {proctest.Successor{Path: "true"}, proctest.TCP, "init"},
-		"is missing":            {proctest.Successor{Path: "/nonexistent"}, proctest.TCP, "start"},
-		"dies at the last step": {spec: proctest.TCP.At(proctest.On(ecdysis.EventReady), proctest.Kill), step: "handover"},
+		"exits":                 {spec: proctest.TCP.At(proctest.AtListened, proctest.Exit(0)), step: ecdysis.StepInit},
+		"panics":                {spec: proctest.TCP.At(proctest.AtListened, proctest.Panic), step: ecdysis.StepInit},
+		"hangs":                 {spec: proctest.TCP.At(proctest.AtListened, proctest.Hang), step: ecdysis.StepInit},
+		"refuses":               {spec: proctest.TCP.At(proctest.AtListened, proctest.Fail("the disk is full")), step: ecdysis.StepInit},
+		"talks garbage":         {proctest.Successor{Role: proctest.Raw}, proctest.TCP.At(proctest.AtStart, proctest.CallWrite.Do([]byte("GET /"))), ecdysis.StepInit},
+		"is the wrong program":  {proctest.Successor{Path: "true"}, proctest.TCP, ecdysis.StepInit},
+		"is missing":            {proctest.Successor{Path: "/nonexistent"}, proctest.TCP, ecdysis.StepStart},
+		"dies at the last step": {spec: proctest.TCP.At(proctest.On(ecdysis.EventReady), proctest.Kill), step: ecdysis.StepHandover},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -125,7 +125,7 @@ func TestPromise6WithinProbationThePredecessorResumes(t *testing.T) {
 	s.At(proctest.AtServing)
 	s.Serves()
 	s.Kill()
-	a.Fails("probation", io.ErrUnexpectedEOF)
+	a.Fails(ecdysis.StepProbation, io.ErrUnexpectedEOF)
 	p.Serves()
 }
 
@@ -133,7 +133,7 @@ func TestPromise7NothingIsLeftBehind(t *testing.T) {
 	t.Parallel()
 	p := proctest.Start(t, proctest.TCP, proctest.TCP.At(proctest.AtListened, proctest.Exit(3)), proctest.TCP)
 	hasWhatItHad := p.Keeps() // descriptors, goroutines, children
-	p.FailUpgrade("init", io.ErrUnexpectedEOF)
+	p.FailUpgrade(ecdysis.StepInit, io.ErrUnexpectedEOF)
 	hasWhatItHad()
 
 	// So many successors later there is no more than after the first one.
@@ -162,7 +162,7 @@ func TestPromise8ItNeverExitsPanicsOrLogs(t *testing.T) {
 		t.Error("New has succeeded")
 	}
 	p = p.Chain.Start()
-	p.FailUpgrade("start", os.ErrNotExist, proctest.Successor{Path: "/nonexistent"})
+	p.FailUpgrade(ecdysis.StepStart, os.ErrNotExist, proctest.Successor{Path: "/nonexistent"})
 	s := p.Upgrade()
 	s.Stop()
 	p.AwaitExit()

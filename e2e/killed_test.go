@@ -88,18 +88,19 @@ func TestPredecessorKilled(t *testing.T) {
 func TestSuccessorKilled(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
-		name, step string
-		point      proctest.Point // at which it kills itself
-		probation  time.Duration
+		name      string
+		step      ecdysis.Step
+		point     proctest.Point // at which it kills itself
+		probation time.Duration
 	}{
-		{name: "start", point: proctest.AtStart, step: "init"},
-		{name: "new", point: proctest.AtNew, step: "init"},
-		{name: "listened", point: proctest.AtListened, step: "init"},
-		{name: "handover", step: "handover"},
-		{name: "committed", point: proctest.On(ecdysis.EventReady), step: "handover"},
-		{name: "committed, to be stood by", point: proctest.On(ecdysis.EventReady), step: "handover", probation: time.Minute},
-		{name: "probation", point: proctest.AtServing, step: "probation", probation: time.Minute},
-		{name: "probation, from outside", step: "probation", probation: time.Minute},
+		{name: "start", point: proctest.AtStart, step: ecdysis.StepInit},
+		{name: "new", point: proctest.AtNew, step: ecdysis.StepInit},
+		{name: "listened", point: proctest.AtListened, step: ecdysis.StepInit},
+		{name: "handover", step: ecdysis.StepHandover},
+		{name: "committed", point: proctest.On(ecdysis.EventReady), step: ecdysis.StepHandover},
+		{name: "committed, to be stood by", point: proctest.On(ecdysis.EventReady), step: ecdysis.StepHandover, probation: time.Minute},
+		{name: "probation", point: proctest.AtServing, step: ecdysis.StepProbation, probation: time.Minute},
+		{name: "probation, from outside", step: ecdysis.StepProbation, probation: time.Minute},
 	} {
 		for name, end := range map[string]proctest.Action{c.name: proctest.Kill, c.name + " with a helper left": proctest.Seq(proctest.LeaveHelper, proctest.Kill)} {
 			t.Run(name, func(t *testing.T) {
@@ -134,7 +135,7 @@ func TestSuccessorKilled(t *testing.T) {
 					t.Errorf("error %v; want process %d and how it ended", f, s.PID)
 				}
 				s.Reaped()
-				if c.step == "init" {
+				if c.step == ecdysis.StepInit {
 					p.HasEvents(ecdysis.EventUpgrading, ecdysis.EventUpgradeFailed)
 				} else {
 					p.HasEvents(ecdysis.EventUpgrading, ecdysis.EventHandover, ecdysis.EventResumed, ecdysis.EventUpgradeFailed)

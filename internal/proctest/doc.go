@@ -14,7 +14,7 @@
 //
 //	p := proctest.Start(t, proctest.TCP, proctest.TCP.At(proctest.AtListened, proctest.Exit(3)), proctest.TCP)
 //	l := p.Load(2)
-//	f := p.FailUpgrade("init", io.ErrUnexpectedEOF)
+//	f := p.FailUpgrade(ecdysis.StepInit, io.ErrUnexpectedEOF)
 //	if f.How != "exit status 3" {
 //		t.Errorf("the successor ended by %s", f.How)
 //	}

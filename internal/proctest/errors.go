@@ -39,7 +39,7 @@ type wireError struct {
 }
 
 type wireUpgrade struct {
-	Step string
+	Step ecdysis.Step
 	PID  int
 	How  string
 	Err  *wireError
@@ -62,7 +62,7 @@ func toWire(err error) *wireError {
 	})
 	var ue *ecdysis.UpgradeError
 	if errors.As(err, &ue) {
-		w.Upgrade = &wireUpgrade{Step: string(ue.Step), PID: ue.PID, Err: toWire(ue.Err)}
+		w.Upgrade = &wireUpgrade{Step: ue.Step, PID: ue.PID, Err: toWire(ue.Err)}
 		if ue.State != nil {
 			w.Upgrade.How = ue.State.String()
 		}
@@ -98,14 +98,10 @@ func (w *wireError) error() error {
 	}
 	if u := w.Upgrade; u != nil {
 		e.how = u.How
-		ue := &ecdysis.UpgradeError{PID: u.PID, Err: u.Err.error()}
-		setString(&ue.Step, u.Step)
-		e.is = append(e.is, ue)
+		e.is = append(e.is, &ecdysis.UpgradeError{Step: u.Step, PID: u.PID, Err: u.Err.error()})
 	}
 	return e
 }
-
-func setString[T ~string](p *T, s string) { *p = T(s) }
 
 // A remoteError is an error that a daemon has returned.
 type remoteError struct {
@@ -130,7 +126,7 @@ func How(err error) string {
 // A Failure is the error of a failed upgrade. Its text is the one that the
 // daemon's own error has.
 type Failure struct {
-	Step string
+	Step ecdysis.Step
 	PID  int
 	How  string // see How
 	Err  error  // wraps an *ecdysis.UpgradeError, if Step is not empty
@@ -147,7 +143,7 @@ func (f *Failure) Unwrap() error { return f.Err }
 // this step, and is target in the sense of errors.Is. An empty step is that of
 // an upgrade that was refused, so that there is no UpgradeError. A nil target
 // is not looked at.
-func WantFailure(t testing.TB, err error, step string, target error) *Failure {
+func WantFailure(t testing.TB, err error, step ecdysis.Step, target error) *Failure {
 	t.Helper()
 	if err == nil {
 		t.Fatalf("no error; want one at step %q that is %v", step, target)
@@ -155,7 +151,7 @@ func WantFailure(t testing.TB, err error, step string, target error) *Failure {
 	f := &Failure{Err: err, How: How(err)}
 	var ue *ecdysis.UpgradeError
 	if errors.As(err, &ue) {
-		f.Step, f.PID = string(ue.Step), ue.PID
+		f.Step, f.PID = ue.Step, ue.PID
 	}
 	if f.Step != step || target != nil && !errors.Is(err, target) {
 		t.Fatalf("error at step %q: %v; want one at step %q that is %v", f.Step, err, step, target)

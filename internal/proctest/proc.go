@@ -293,7 +293,7 @@ func (a *Attempt) OK() {
 }
 
 // Fails is WantFailure for what Upgrade returned.
-func (a *Attempt) Fails(step string, target error) *Failure {
+func (a *Attempt) Fails(step ecdysis.Step, target error) *Failure {
 	a.p.T.Helper()
 	f := WantFailure(a.p.T, a.Err(), step, target)
 	if f.Successor = a.successor; f.Successor == nil {
@@ -313,7 +313,7 @@ func (p *Proc) Upgrade(s ...Successor) *Proc {
 }
 
 // FailUpgrade makes an attempt that must fail at this step; see WantFailure.
-func (p *Proc) FailUpgrade(step string, target error, s ...Successor) *Failure {
+func (p *Proc) FailUpgrade(step ecdysis.Step, target error, s ...Successor) *Failure {
 	p.T.Helper()
 	return p.BeginUpgrade(s...).Fails(step, target)
 }

@@ -64,9 +64,9 @@ func TestErrors(t *testing.T) {
 
 	a := p.BeginUpgrade()
 	s := a.Successor()
-	f := a.Fails("init", io.ErrUnexpectedEOF)
+	f := a.Fails(ecdysis.StepInit, io.ErrUnexpectedEOF)
 	var ue *ecdysis.UpgradeError
-	if !errors.As(f, &ue) || ue.Step != "init" || ue.PID != s.PID || !errors.Is(ue.Err, io.ErrUnexpectedEOF) {
+	if !errors.As(f, &ue) || ue.Step != ecdysis.StepInit || ue.PID != s.PID || !errors.Is(ue.Err, io.ErrUnexpectedEOF) {
 		t.Errorf("%+v", ue)
 	}
 	if f.How != "exit status 3" || !strings.Contains(f.Error(), "(exit status 3)") {
@@ -101,7 +101,7 @@ func TestPlan(t *testing.T) {
 		if i == 0 {
 			p.Resume()
 		}
-		a.Fails("start", os.ErrNotExist)
+		a.Fails(ecdysis.StepStart, os.ErrNotExist)
 	}
 	s := p.Upgrade()
 	if s.Generation() != 1 || !s.HasPredecessor() {
