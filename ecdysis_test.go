@@ -77,6 +77,9 @@ func TestPromise3ABadSuccessorHurtsNobody(t *testing.T) {
 			if name == "refuses" && !strings.Contains(reason.Error(), "the disk is full") {
 				t.Errorf("%v; want the successor's reason", reason)
 			}
+			if s := reason.Successor; s != nil { // it was no other program
+				s.Reaped()
+			}
 			p.Serves()
 			p.Chain.Specs(proctest.TCP)
 			s := p.Upgrade()

@@ -94,24 +94,45 @@ func (p *Proc) Parent() int {
 func (p *Proc) Goroutines() int { p.T.Helper(); return callGoroutines.On(p) }
 
 // Keeps returns a function that fails the test unless p has the descriptors
-// and goroutines, and has no more children, than it has now. It waits, because
-// those that serve a client or this test may be about to end.
+// that it has now, and no more children and goroutines. It waits for goroutines alone, which
+// may be about to end. What is left to the garbage collector is there still. p
+// must have no clients; see KeepsWithClients.
 func (p *Proc) Keeps() (check func()) {
+	p.T.Helper()
+	return p.keeps(slices.Equal)
+}
+
+// KeepsWithClients is Keeps for a process whose clients, which have gone at the
+// time of the check, may be about to be noticed: it waits for sockets, too.
+func (p *Proc) KeepsWithClients() (check func()) {
+	p.T.Helper()
+	return p.keeps(func(a, b []string) bool { return slices.Equal(noSockets(a), noSockets(b)) })
+}
+
+func (p *Proc) keeps(atOnce func(now, before []string) bool) (check func()) {
 	p.T.Helper()
 	fds, goroutines, children := p.FDs(), p.Goroutines(), p.Children()
 	return func() {
 		p.T.Helper()
-		var fdsNow, childrenNow []string
-		var goroutinesNow int
-		for end := time.Now().Add(Patience / 4); time.Now().Before(end); time.Sleep(time.Millisecond) {
-			fdsNow, goroutinesNow, childrenNow = p.FDs(), p.Goroutines(), p.Children()
-			if slices.Equal(fdsNow, fds) && goroutinesNow == goroutines && len(childrenNow) <= len(children) {
-				return
-			}
+		now := p.FDs()
+		if !atOnce(now, fds) {
+			p.T.Errorf("process %d has descriptors %q; before: %q", p.PID, now, fds)
 		}
-		p.T.Errorf("process %d has descriptors %q, %d goroutines and children %q; before: %q, %d and %q",
-			p.PID, fdsNow, goroutinesNow, childrenNow, fds, goroutines, children)
+		if list := p.Children(); len(list) > len(children) {
+			p.T.Errorf("process %d has children %q; before: %q", p.PID, list, children)
+		}
+		n := p.Goroutines()
+		for end := time.Now().Add(Patience / 4); time.Now().Before(end) && (n > goroutines || !slices.Equal(now, fds)); time.Sleep(time.Millisecond) {
+			n, now = p.Goroutines(), p.FDs()
+		}
+		if n > goroutines || !slices.Equal(now, fds) {
+			p.T.Errorf("process %d has %d goroutines and descriptors %q; before: %d and %q", p.PID, n, now, goroutines, fds)
+		}
 	}
+}
+
+func noSockets(fds []string) []string {
+	return slices.DeleteFunc(slices.Clone(fds), func(s string) bool { return strings.Contains(s, " socket:") })
 }
 
 // SameFile returns a function that fails the test unless the path leads to the
