@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 )
@@ -94,9 +95,9 @@ func (p *Proc) Parent() int {
 func (p *Proc) Goroutines() int { p.T.Helper(); return callGoroutines.On(p) }
 
 // Keeps returns a function that fails the test unless p has the descriptors
-// that it has now, and no more children and goroutines. It waits for goroutines alone, which
-// may be about to end. What is left to the garbage collector is there still. p
-// must have no clients; see KeepsWithClients.
+// that it has now, and no more children and goroutines. It waits for goroutines
+// alone, which may be about to end, so that descriptors which are left to the
+// garbage collector are noticed. p must have no clients; see KeepsWithClients.
 func (p *Proc) Keeps() (check func()) {
 	p.T.Helper()
 	return p.keeps(slices.Equal)
