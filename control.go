@@ -28,7 +28,7 @@ type control struct {
 	path   string
 	option string // the field of Options
 
-	serving sync.Mutex // held by the call of Wait that serves the clients; Close of ln ends it
+	serving sync.Mutex // held by the call of Wait that serves the clients, until finish
 
 	mu     sync.Mutex
 	takers []*net.UnixConn // clients of the takeover socket that have sent nothing yet, in the order of their coming
@@ -131,7 +131,7 @@ func (c *control) handle(client *net.UnixConn, running *sync.WaitGroup) {
 // finish closes the socket. It returns when each client that was accepted has
 // got its answer or is among those that wait for one.
 func (c *control) finish() {
-	c.ln.detach()
+	c.ln.end()
 	c.serving.Lock()
 	defer c.serving.Unlock()
 }

@@ -18,8 +18,9 @@
 //     listeners are paused: Accept waits.
 //   - Upgrade (or Wait, on a signal) starts the successor and returns when it
 //     has taken over, or with the reason why it has not.
-//   - Once it has, Exit is closed, Accept fails with net.ErrClosed, and the
-//     program ends as soon as its last client is served.
+//   - Once it has, Exit is closed and Wait returns. The program closes its
+//     listeners, which ends its accept loops, and exits as soon as its last
+//     client is served.
 //
 // Sockets for packets (ListenPacket), connections (AddConn), files (AddFile)
 // and what is in memory (Options.SendState) are handed on likewise.

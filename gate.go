@@ -2,6 +2,7 @@ package ecdysis
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"sync"
@@ -20,9 +21,14 @@ var past = time.Unix(1, 0)
 //
 // The epoch is odd while the gate is paused. A call that began in another
 // epoch than it ended in was interrupted by the package, and not by the
-// caller's deadline. How a gate is paused: the epoch is set, then a deadline in
-// the past, which ends the calls that wait in the system; then barrier makes a
-// call of its own, whose lock lies behind every call in flight.
+// caller's deadline. A gate is paused in three steps: the epoch is set, then a
+// deadline in the past, which ends the calls that wait in the system, and then
+// barrier makes a call of its own, which gets its lock after every call in
+// flight.
+//
+// Only the caller ends the calls. A detached gate, whose socket the package has
+// ended, stays paused: its calls wait until the caller closes the socket or the
+// caller's deadline passes.
 type gate struct {
 	// These do not change.
 	u    *Upgrader
@@ -44,7 +50,6 @@ type gate struct {
 // A side is what a gate pauses: a *listener or a *packetConn.
 type side interface {
 	setSocketDeadline(time.Time) error // sets the deadline of the calls that the gate pauses
-	barrier()                          // returns when no call is in flight that began before a past deadline was set
 }
 
 // pass makes a call when the gate is open, and makes it again each time the
@@ -59,7 +64,7 @@ func (g *gate) pass(f func() error) error {
 			continue
 		}
 		err := f()
-		if err == nil || !errors.Is(err, os.ErrDeadlineExceeded) || g.epoch.Load() == epoch {
+		if err == nil || g.epoch.Load() == epoch || !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, net.ErrClosed) {
 			return err
 		}
 	}
@@ -72,7 +77,7 @@ func (g *gate) sleep(epoch uint64, limit time.Duration) error {
 	var timer *time.Timer
 	for start := time.Now(); ; {
 		g.mu.Lock()
-		if g.closed || g.detached {
+		if g.closed {
 			g.mu.Unlock()
 			return net.ErrClosed
 		}
@@ -124,7 +129,7 @@ func (g *gate) wake() {
 func (g *gate) setDeadline(t time.Time) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.closed || g.detached {
+	if g.closed {
 		return net.ErrClosed
 	}
 	g.deadline = t
@@ -135,16 +140,25 @@ func (g *gate) setDeadline(t time.Time) error {
 	return g.side.setSocketDeadline(t)
 }
 
-// pause returns when no call is in flight and none can begin.
-func (g *gate) pause() {
+// shut lets no call begin, and ends those that wait in the system.
+func (g *gate) shut() {
 	g.mu.Lock()
+	defer g.mu.Unlock()
 	if g.epoch.Load()%2 == 0 {
 		g.epoch.Add(1)
 	}
-	_ = g.side.setSocketDeadline(past) // fails only when closed, which is as quiet
+	_ = g.side.setSocketDeadline(past) // fails only if the socket is closed, and then no call waits
 	g.wake()
-	g.mu.Unlock()
-	g.side.barrier()
+}
+
+// shutAgain repeats the past deadline, in the place of which the caller has set
+// another one on the socket itself.
+func (g *gate) shutAgain() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.epoch.Load()%2 != 0 {
+		_ = g.side.setSocketDeadline(past)
+	}
 }
 
 // unpause opens a paused gate. The deadline comes first, because a call that
@@ -152,7 +166,7 @@ func (g *gate) pause() {
 func (g *gate) unpause() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.epoch.Load()%2 == 0 {
+	if g.epoch.Load()%2 == 0 || g.detached {
 		return
 	}
 	_ = g.side.setSocketDeadline(g.deadline)
@@ -160,13 +174,13 @@ func (g *gate) unpause() {
 	g.wake()
 }
 
-// detachGate makes the calls fail on the package's account. The caller's Close,
-// which comes later, is not an error.
+// detachGate keeps a gate shut for good. The caller's Close, which comes later,
+// is not an error.
 func (g *gate) detachGate() {
+	g.shut()
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.detached = true
-	g.wake()
 }
 
 // close is the caller's Close, except for closing the socket itself: it makes
@@ -188,4 +202,51 @@ func (g *gate) close() (detached bool, err error) {
 		g.e.removeFile()
 	}
 	return detached, nil
+}
+
+// pauseTimeout is how long a packet read may go on when its socket is paused.
+const pauseTimeout = time.Second
+
+// pauseAll returns when no call of these is in flight and none can begin. The
+// error names a socket on which a read goes on: only the program can cause that,
+// by a deadline of its own on an embedded connection, or by a function for a
+// raw connection that does not return.
+func pauseAll(list []*entry) error {
+	var readers []*packetConn
+	for _, e := range list {
+		e.pause()
+		if p, ok := e.sock.(*packetConn); ok {
+			readers = append(readers, p)
+		}
+	}
+	if len(readers) == 0 {
+		return nil
+	}
+	var current atomic.Pointer[packetConn]
+	done := make(chan struct{})
+	// A barrier cannot be interrupted. If a read goes on after pauseTimeout,
+	// this goroutine ends when the read does.
+	go func() {
+		defer close(done)
+		for _, p := range readers {
+			current.Store(p)
+			p.barrier()
+		}
+	}()
+	limit := time.NewTimer(pauseTimeout)
+	defer limit.Stop()
+	again := time.NewTicker(pauseTimeout / 100)
+	defer again.Stop()
+	for {
+		select {
+		case <-done:
+			return nil
+		case <-again.C:
+			if p := current.Load(); p != nil {
+				p.shutAgain()
+			}
+		case <-limit.C:
+			return fmt.Errorf("%s: a read has not ended within %v of the handover: %w", current.Load().e.label(), pauseTimeout, os.ErrDeadlineExceeded)
+		}
+	}
 }

@@ -57,17 +57,20 @@ func (u *Upgrader) Listen(network, address string) (net.Listener, error) {
 // AddFile has brought in.
 //
 // Accept waits until Ready has succeeded. It returns plain *net.TCPConn and
-// *net.UnixConn, and fails only with net.ErrClosed (the listener was closed,
-// this process was stopped or replaced) or with os.ErrDeadlineExceeded (the
-// caller's own deadline): shortages of descriptors or memory, and connections
-// that break before they are accepted, are waited out. The listener also has
-// the methods SetDeadline and SyscallConn of a *net.TCPListener.
+// *net.UnixConn. Only the caller ends it: it fails with net.ErrClosed when the
+// caller has closed the listener, and with os.ErrDeadlineExceeded when the
+// caller's deadline has passed. When this process is stopped or replaced, the
+// package closes the socket in the system, and Accept waits for the caller's
+// Close: Wait, Exit and the events tell of the end. Shortages of descriptors or
+// memory, and connections that break before they are accepted, are waited out;
+// EventAcceptError tells of them. The listener also has the methods SetDeadline
+// and SyscallConn of a *net.TCPListener.
 //
-// Close withdraws the listener from what is handed on, and removes a Unix
-// socket's file if this process is its owner: the last one that became ready,
-// after its Probation. Just after Ready it may wait some seconds to learn
-// whether it is. To leave it open is right, too: the package closes it
-// when this process is stopped or replaced.
+// Close withdraws the listener from what is handed on. It removes a Unix
+// socket's file if this process owns it: if it is the last one that became
+// ready, after its Probation. If that cannot be known yet, the call that learns
+// it removes the file. A program that serves until its end need not call Close
+// before that.
 //
 // The error wraps a *net.OpError, or is ErrInProgress during an upgrade,
 // ErrUpgraded, ErrStopped or ErrAborted after it.
@@ -248,7 +251,14 @@ func (l *listener) barrier() {
 	}
 }
 
-// detach closes the socket on the package's account.
+// pause returns when no accept is in flight and none can begin.
+func (l *listener) pause() {
+	l.shut()
+	l.barrier()
+}
+
+// detach closes the socket on the package's account. Accept waits for the
+// caller's Close.
 func (l *listener) detach() {
 	l.detachGate()
 	_ = l.ln.Close()
@@ -265,4 +275,13 @@ func (l *listener) Close() error {
 		return nil
 	}
 	return l.ln.Close()
+}
+
+// end is detach, except that Accept fails: a control socket's loop ends.
+func (l *listener) end() {
+	l.mu.Lock()
+	l.closed = true
+	l.wake()
+	l.mu.Unlock()
+	l.detach()
 }

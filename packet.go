@@ -22,10 +22,10 @@ func (u *Upgrader) ListenPacket(network, address string) (net.PacketConn, error)
 // file is replaced if no process reads from it any more.
 //
 // Reading waits until Ready has succeeded, and while an upgrade is being
-// handed over: each packet is read by one process. Writing never waits. When
-// this process is stopped or replaced, reading fails with net.ErrClosed, and
-// the socket stays open for the answers that are still to be written: the
-// caller closes it.
+// handed over, so that each packet is read by one process. Writing never waits.
+// When this process is stopped or replaced, reading waits until the caller
+// closes the socket, or the caller's deadline passes. The socket stays open for
+// the answers that are still to be written.
 //
 // Close withdraws the socket from what is handed on, and removes its file, as
 // Close of a listener does. The errors are those of ListenWith.
@@ -91,7 +91,10 @@ func (p *packetConn) setSocketDeadline(t time.Time) error { return p.c.SetReadDe
 // gets the read lock after every read in flight.
 func (p *packetConn) barrier() { _ = p.raw.Read(func(uintptr) bool { return true }) }
 
-// detach ends reading. The socket is the caller's, who may have to answer.
+// pause lets no read begin. See pauseAll for those in flight.
+func (p *packetConn) pause() { p.shut() }
+
+// detach ends reading. The socket stays open for the caller's answers.
 func (p *packetConn) detach() { p.detachGate() }
 
 // read makes a call that reads.
@@ -110,11 +113,6 @@ func (p *packetConn) opError(op string, err error) error {
 
 func (p *packetConn) setReadDeadline(t time.Time) error {
 	err := p.setDeadline(t)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if err == net.ErrClosed && !p.closed {
-		return nil // nothing is read any more, and the answers must not fail
-	}
 	if err == net.ErrClosed {
 		return p.opError("set", err)
 	}

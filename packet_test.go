@@ -334,7 +334,14 @@ func init() {
 		}
 		return m
 	}
-	verbs["dgram finish"] = func(*daemon, command) (m message) { // returns when the loops have ended
+	verbs["dgram finish"] = func(*daemon, command) (m message) { // ends the loops, after what they have read is answered
+		dgramMu.Lock()
+		for _, s := range dgramSocks {
+			if err := s.c.SetReadDeadline(time.Unix(1, 0)); err != nil && !errors.Is(err, net.ErrClosed) {
+				m.Err = toErrMsg(err)
+			}
+		}
+		dgramMu.Unlock()
 		dgramLoops.Wait()
 		for len(dgramEnds) > 0 {
 			m.Text = append(m.Text, <-dgramEnds)
@@ -741,8 +748,8 @@ func (l *dgramLoad) check(last *proc) {
 func (p *proc) finishes() {
 	p.t.Helper()
 	for _, s := range p.dgram("finish") {
-		if !strings.HasPrefix(s, "closed: ") {
-			p.t.Errorf("process %d: a loop ended with %s; want net.ErrClosed", p.pid, s)
+		if !strings.HasPrefix(s, "deadline: ") {
+			p.t.Errorf("process %d: a loop ended with %s; want os.ErrDeadlineExceeded", p.pid, s)
 		}
 	}
 	p.begin(command{Verb: "exit"})
@@ -924,11 +931,13 @@ func TestPacketReadsWait(t *testing.T) {
 			t.Fatal(m.Err)
 		}
 		for i, method := range methods {
-			p.dgramErr("end", i, method).is(t, method+" that ran while the process was replaced", "closed")
+			p.comesTo(i, method, "waits")
+			p.dgram("close", i)
+			p.dgramErr("end", i, method).is(t, method+" that waited when the socket was closed", "closed")
 			says(t, clients[i], "third "+method)
 			s.has(i, method, "third "+method, clients[i])
 			p.reads(i, method, "returned")
-			p.dgramErr("end", i, method).is(t, method+" in a process that was replaced", "closed")
+			p.dgramErr("end", i, method).is(t, method+" of a closed socket in a process that was replaced", "closed")
 		}
 	})
 }
@@ -1001,7 +1010,9 @@ func TestPacketQuiet(t *testing.T) {
 			t.Fatal(m.Err)
 		}
 		s.has(0, "ReadFrom", "last", clients[0])
-		p.dgramErr("end", 0, "ReadFrom").is(t, "ReadFrom of the old process", "closed")
+		p.comesTo(0, "ReadFrom", "waits")
+		p.dgram("close", 0)
+		p.dgramErr("end", 0, "ReadFrom").is(t, "ReadFrom of the old process, after Close", "closed")
 	})
 }
 
@@ -1025,14 +1036,16 @@ func TestPacketLateAnswer(t *testing.T) {
 		for _, of := range []string{"both", "write", "read"} {
 			for _, in := range []string{"", "1h", "-1h", "1h", ""} {
 				p.dgram("deadline", 0, of, in)
+				if in == "-1h" && of != "write" {
+					p.reads(0, "ReadFrom", "returned")
+					p.dgramErr("end", 0, "ReadFrom").is(t, "ReadFrom after its deadline", "deadline")
+				}
 				if in == "-1h" && of != "read" {
 					p.dgramErr("answer", 0, "too late").is(t, "WriteTo after its deadline", "deadline")
 					continue
 				}
 				p.dgram("answer", 0, of+" "+in)
 				hears(t, c, of+" "+in)
-				p.reads(0, "ReadFrom", "returned")
-				p.dgramErr("end", 0, "ReadFrom").is(t, "ReadFrom", "closed")
 			}
 		}
 		p.dgram("close", 0)
@@ -1684,9 +1697,11 @@ func TestPacketStop(t *testing.T) {
 		p.call("stop")
 		p.call("awaitexit")
 		for i := range 3 {
-			p.dgramErr("end", i, "ReadFrom").is(t, "ReadFrom that ran while the process was stopped", "closed")
+			p.comesTo(i, "ReadFrom", "waits")
+			p.dgram("deadline", i, "both", "-1h")
+			p.dgramErr("end", i, "ReadFrom").is(t, "ReadFrom that ran while the process was stopped", "deadline")
 			p.reads(i, "Read", "returned")
-			p.dgramErr("end", i, "Read").is(t, "Read after Stop", "closed")
+			p.dgramErr("end", i, "Read").is(t, "Read after Stop", "deadline")
 			p.dgram("deadline", i, "both", "1h")
 			p.dgram("answer", i, "answer")
 			hears(t, clients[i], "answer")

@@ -5,8 +5,8 @@ import "os"
 // Stop, the partial stop, and what a process gives up at its end.
 
 // Stop ends this process's service. After EventStopping it closes the
-// listeners, except those with KeepOnStop, and what AddConn, AddFile and
-// DatagramPair keep. It ends the reading of packets, removes the files of Unix
+// listeners in the system, except those with KeepOnStop, and closes what AddConn,
+// AddFile and DatagramPair keep. It ends the reading of packets, removes the files of Unix
 // sockets and the PID file as far as they are this process's own, and closes
 // the channel that Exit returns. The connections are the caller's to finish.
 // Just after Ready it may wait some seconds for the predecessor to step aside.
@@ -39,24 +39,21 @@ func (u *Upgrader) stop(kind EventKind, t trigger) {
 func (u *Upgrader) stopWholly(t trigger, was phase) {
 	e := u.ownEvent(t, EventStopping)
 	u.notify(e)
-	shut := u.giveUp(u.takeOwnership(was))
+	u.giveUp(u.takeOwnership(was))
 	if u.ownsPIDFile() {
 		_ = os.Remove(u.opts.PIDFile)
 	}
 	u.reap()
 	u.end(e)
 	close(u.life.exit)
-	// Last of all, because a program may exit as soon as its accept loop ends.
-	shut()
 }
 
 // stopAccepting ends accepting and leaves all else to the caller.
 func (u *Upgrader) stopAccepting(t trigger) {
 	e := u.ownEvent(t, EventPartialStop)
 	u.notify(e)
-	shut := u.giveUp(u.awaitIndependence())
+	u.giveUp(u.awaitIndependence())
 	u.end(e)
-	shut()
 }
 
 // takeOwnership tells the predecessor, if it could still come back, that this
@@ -84,14 +81,14 @@ func (u *Upgrader) takeOwnership(was phase) bool {
 }
 
 // giveUp ends accepting, except on the listeners that are kept on a stop, and
-// removes what files are this process's own. Accept fails once shut is called.
-func (u *Upgrader) giveUp(owner bool) (shut func()) {
+// removes what files are this process's own.
+func (u *Upgrader) giveUp(owner bool) {
 	u.mu.Lock()
 	dropped := u.reg.endClaiming()
 	taken := u.reg.takeForStop()
 	u.mu.Unlock()
+	_ = pauseAll(taken) // whether or not a read goes on, the process ends
 	for _, e := range taken {
-		e.pause()
 		if owner || !e.inherited {
 			e.removeFile()
 		} else {
@@ -100,10 +97,8 @@ func (u *Upgrader) giveUp(owner bool) (shut func()) {
 	}
 	u.drop(dropped)
 	u.state.close()
-	return func() {
-		for _, e := range taken {
-			e.detach()
-		}
+	for _, e := range taken {
+		e.detach()
 	}
 }
 

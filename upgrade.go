@@ -158,11 +158,6 @@ func (u *Upgrader) attempt(t trigger) error {
 		answer(t.conn, okLine(e))
 		u.end(e)
 		close(u.life.exit)
-		// Last of all, because a program may exit as soon as its accept loop
-		// ends.
-		for _, e := range a.handed {
-			e.detach()
-		}
 	}()
 	u.notify(e)
 	return nil
@@ -301,10 +296,8 @@ func (a *attempt) takeReady(f frame) (err error) {
 func (a *attempt) handOver() error {
 	u := a.u
 	a.stage = stagePaused
-	for _, e := range a.handed {
-		if !e.acceptsUntilDone {
-			e.pause()
-		}
+	if err := pauseAll(slices.DeleteFunc(slices.Clone(a.handed), func(e *entry) bool { return e.acceptsUntilDone })); err != nil {
+		return err
 	}
 	a.stage = stageHandover
 	u.notify(a.event(EventHandover))
@@ -382,6 +375,7 @@ func (a *attempt) finish() error {
 		if slices.Contains(a.unclaimed, e.path) {
 			e.removeFile()
 		}
+		e.detach()
 	}
 	a.child.release()
 	a.releaseReadyProcess()

@@ -198,6 +198,9 @@ func daemonMain() {
 		})
 	}
 	u.Wait()
+	for _, ln := range serve {
+		ln.Close()
+	}
 	accepting.Wait()
 	clients.Wait()
 	log.Print("all clients are served")
