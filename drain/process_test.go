@@ -170,7 +170,8 @@ func panics() error {
 		return err
 	}
 	defer c.Close()
-	select {} // until the program ends
+	time.Sleep(patience) // or until the program ends
+	return nil
 }
 
 // A handler's panic ends the program, with its trace.
@@ -260,8 +261,8 @@ func TestExample(t *testing.T) {
 	}
 }
 
-// daemon serves by one Server in several ways. It is replaced on SIGHUP and
-// stopped by SIGTERM.
+// daemon serves by one Server in all ways. It is replaced on SIGHUP and stopped
+// by SIGTERM. It ends its accept loops after its clients, and as its own doing.
 func daemon() error {
 	u, err := ecdysis.New(ecdysis.Options{
 		UpgradeSignals: []os.Signal{syscall.SIGHUP},
@@ -272,7 +273,8 @@ func daemon() error {
 		return err
 	}
 	var srv drain.Server
-	for i, w := range daemonWays {
+	results := make([]<-chan error, len(ways))
+	for i, w := range ways {
 		addr := "127.0.0.1:0"
 		if w.network == "unix" {
 			addr = filepath.Join(proctest.Args()[0], strconv.Itoa(i))
@@ -282,20 +284,33 @@ func daemon() error {
 			return u.Fail(err)
 		}
 		log.Printf("way %d listens on %s", i, ln.Addr())
-		w.start(&srv, ln, answer)
+		results[i] = w.start(&srv, ln, answer)
 	}
 	if err := u.Ready(); err != nil {
 		return err
 	}
 	u.Wait()
+	time.Sleep(10 * time.Millisecond) // a program has other things to end first
+	for i, result := range results {
+		if len(result) > 0 {
+			log.Fatalf("%s: accepting has ended by itself: %v", ways[i].name, <-result)
+		}
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	log.Printf("drained: %v", srv.Shutdown(ctx))
+	err = srv.Shutdown(ctx)
+	for i, result := range results {
+		if w := ways[i]; !w.library {
+			if err := <-result; err != drain.ErrServerClosed {
+				log.Fatalf("%s: Serve: %v", w.name, err)
+			}
+		} else if len(result) > 0 {
+			log.Fatalf("%s: Shutdown has made Accept fail: %v", w.name, <-result)
+		}
+	}
+	log.Printf("drained: %v", err)
 	return nil
 }
-
-// daemonWays are those of ways that a daemon has.
-var daemonWays = ways[:3]
 
 // No client notices twenty upgrades and a stop, half-closing included, and each
 // process ends when it has served its clients.
@@ -304,17 +319,15 @@ func TestUpgradesLoseNothing(t *testing.T) {
 	const upgrades = 20
 	p := runs(t, daemonRole.Command(proctest.ShortDir(t)))
 	var l load
-	for i, w := range daemonWays {
+	for i, w := range ways {
 		addr := p.Await(fmt.Sprintf(`way %d listens on (\S+)`, i))[1]
-		for range 2 {
-			l.start(func() (net.Conn, error) {
-				c, err := net.DialTimeout(w.network, addr, patience)
-				if err == nil && w.secure {
-					c = tls.Client(c, &tls.Config{InsecureSkipVerify: true}) // each process has its own certificate
-				}
-				return c, err
-			})
-		}
+		l.start(func() (net.Conn, error) {
+			c, err := net.DialTimeout(w.network, addr, patience)
+			if err == nil && w.secure {
+				c = tls.Client(c, &tls.Config{InsecureSkipVerify: true}) // each process has its own certificate
+			}
+			return c, err
+		})
 	}
 	process := p.Ready(0)
 	for generation := range upgrades {
