@@ -1,5 +1,5 @@
-// Package drain serves connections by a function, and ends the server without
-// cutting a client off. A Server is for plain connections what
+// Package drain serves connections with a handler function, and ends the server
+// without cutting a client off. A Server is for plain connections what
 // net/http.Server is for HTTP:
 //
 //	srv := &drain.Server{Handler: serve} // func serve(c net.Conn)
@@ -47,8 +47,8 @@ const (
 type Server struct {
 	// Handler serves one connection. Each call runs on a goroutine of its own,
 	// and c is the value that Accept returned, of the same type. The Server
-	// closes c when Handler returns, so c must not be in use by then. Handler
-	// may close c itself.
+	// closes c when Handler returns, so no goroutine may use c after that.
+	// Handler may close c itself.
 	//
 	// A panic in Handler ends the program, as it does on any goroutine. A
 	// Handler that has to survive its panics recovers and reports them itself.
@@ -72,10 +72,11 @@ type Server struct {
 	ended     chan struct{}          // closed when draining, and neither accepting nor conns are left
 }
 
-// Server.mu is the only lock. It guards the unexported fields of Server and the
-// closing of the three kinds of channels. It is held over no call that blocks,
-// and over none of the program's functions. The channels are made before any
-// goroutine can wait for them, so receiving needs no lock.
+// Server.mu guards the unexported fields of Server, and the closing of channels,
+// those of listeners included. It is held over no call that blocks, and over none
+// of the program's functions. The channels are made before any goroutine can wait
+// for them, so receiving needs no lock. All other fields are set once. The only
+// other lock is the one in listener.shut, by which a listener is closed once.
 //
 // Each call that blocks, and what wakes it:
 //
@@ -382,8 +383,9 @@ func (s *Server) enter() bool {
 	return true
 }
 
-// leave counts what Accept has returned in the place of its call, in one step, so
-// that Shutdown misses neither. It returns nil if there is nothing to serve.
+// leave replaces a counted Accept call by the connection that it returned. It is
+// one step, so that Shutdown always sees one of the two. It returns nil if there
+// is nothing to serve.
 func (s *Server) leave(nc net.Conn, err error) (c *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
