@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
 // Each benchmark measures its floor in the same run, in turn with what it
@@ -318,7 +319,7 @@ func BenchmarkListener(b *testing.B) {
 		var before, after runtime.MemStats
 		runtime.GC()
 		runtime.ReadMemStats(&before)
-		f := len(openFDs())
+		f := len(proctest.OpenFDs())
 		var list []net.Listener
 		for range n {
 			ln, err := listen("tcp", "127.0.0.1:0")
@@ -327,7 +328,7 @@ func BenchmarkListener(b *testing.B) {
 			}
 			list = append(list, ln)
 		}
-		fds = float64(len(openFDs())-f) / n
+		fds = float64(len(proctest.OpenFDs())-f) / n
 		runtime.GC()
 		runtime.ReadMemStats(&after)
 		for _, ln := range list {

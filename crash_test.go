@@ -10,13 +10,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
 // What happens when one of two generations is killed, at every step of their
@@ -148,21 +148,10 @@ func (p *proc) refuses() {
 	}
 }
 
-// state returns the state of a process as ps(1) shows it; "": there is none.
-func state(t *testing.T, pid int) string {
-	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return ""
-	}
-	_, rest, _ := strings.Cut(string(b), ") ")
-	return rest[:1]
-}
-
 // reaped asserts that nothing is left of a process.
 func reaped(t *testing.T, pid int) {
 	t.Helper()
-	if s := state(t, pid); s != "" {
+	if s := proctest.State(t, pid); s != "" {
 		t.Fatalf("process %d is still there, in state %s", pid, s)
 	}
 }
@@ -269,12 +258,11 @@ func unkillable(t *testing.T, specs ...spec) (*hub, *proc, command) {
 func zombie(t *testing.T, pid int) {
 	t.Helper()
 	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
-		threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
-		if err == nil && len(threads) == 1 && state(t, pid) == "Z" {
+		if proctest.IsZombie(pid) {
 			return
 		}
 		if time.Now().After(end) {
-			t.Fatalf("process %d is in state %q; want a zombie", pid, state(t, pid))
+			t.Fatalf("process %d is in state %q; want a zombie", pid, proctest.State(t, pid))
 		}
 	}
 }
@@ -300,7 +288,7 @@ func TestUnkillableSuccessorLate(t *testing.T) {
 			if d := time.Since(begun); d < lateTimeout || d > patience {
 				t.Errorf("Upgrade returned after %v; the time-out is %v", d, lateTimeout)
 			}
-			if m.Err.PID != late.pid || m.Err.How != "" || state(t, late.pid) == "" {
+			if m.Err.PID != late.pid || m.Err.How != "" || proctest.State(t, late.pid) == "" {
 				t.Errorf("error %+v; want the living process %d", m.Err, late.pid)
 			}
 			p.serves()
@@ -357,7 +345,7 @@ func TestUnkillableSuccessorCommitted(t *testing.T) {
 			if n, err := c.Read(make([]byte, 64)); !errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Fatalf("%d bytes, %v; want that nobody answers", n, err)
 			}
-			if s := state(t, s.pid); s == "" || s == "Z" {
+			if s := proctest.State(t, s.pid); s == "" || s == "Z" {
 				t.Fatal("the successor has ended")
 			}
 			answers := s

@@ -3,7 +3,6 @@ package ecdysis_test
 import (
 	"fmt"
 	"net"
-	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -11,6 +10,7 @@ import (
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
 // keep connects to p, which then cannot end before the client does.
@@ -40,10 +40,8 @@ func (p *proc) dead() {
 	p.t.Helper()
 	p.ended()
 	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
-		s := state(p.t, p.pid)
-		// A zombie's other threads may not have ended yet.
-		threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", p.pid))
-		if s == "" || s == "Z" && (err != nil || len(threads) <= 1) {
+		s := proctest.State(p.t, p.pid)
+		if s == "" || proctest.IsZombie(p.pid) {
 			return
 		}
 		if time.Now().After(end) {

@@ -466,7 +466,7 @@ func (d *daemon) do(c command) (m message) {
 	case "awaitexit":
 		<-d.u.Exit()
 	case "fds":
-		m.Text = openFDs()
+		m.Text = proctest.OpenFDs()
 	case "environ":
 		m.Text = os.Environ()
 	case "args":
@@ -506,21 +506,6 @@ var (
 // verbs are commands that single tests add.
 var verbs = map[string]func(*daemon, command) message{}
 
-// openFDs lists the open descriptors of this process and what they are.
-func openFDs() []string {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		return []string{err.Error()}
-	}
-	var list []string
-	for _, e := range entries {
-		if target, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && !strings.HasPrefix(target, "/proc/") {
-			list = append(list, e.Name()+" "+target)
-		}
-	}
-	return list
-}
-
 // isClient reports a connection that was accepted: its end must be seen.
 func isClient(fd int) bool {
 	peer, err := syscall.Getpeername(fd)
@@ -537,7 +522,7 @@ func isClient(fd int) bool {
 // descriptors and lives until the test's hub is gone.
 func leaveHelper() {
 	var files []*os.File
-	for _, s := range openFDs() {
+	for _, s := range proctest.OpenFDs() {
 		n, _ := strconv.Atoi(strings.Fields(s)[0])
 		if n > 2 && !strings.Contains(s, "anon_inode") && !isClient(n) {
 			if fd, err := syscall.Dup(n); err == nil {

@@ -75,8 +75,8 @@ func TestDatagramPair(t *testing.T) {
 	}
 	// The older one's end has gone with it, while the others live.
 	chain[1].kill()
-	chain[2].finds("ECONNREFUSED", "x.up")
-	chain[0].finds("ECONNREFUSED", "x.down")
+	chain[2].finds("closed peer", "x.up")
+	chain[0].finds("closed peer", "x.down")
 	chain[2].thing("write", "x.down", "still")
 	chain[3].gives("still", "read", "x.up", "5")
 }
@@ -118,7 +118,7 @@ func TestDatagramPairClosed(t *testing.T) {
 		s.pair("a", "a", true)
 		s.pair("b", "b", true)
 	})
-	s.noThing("ECONNREFUSED", nil, "write", "a.up", "x")
+	s.noThing("closed peer", nil, "write", "a.up", "x")
 	s.thing("write", "b.up", "last words")
 	s.kill()
 	p.gives("last words", "read", "b.down", "10")

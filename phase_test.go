@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
 // What may be called when, from where, and how often.
@@ -572,7 +573,7 @@ func TestHookStopsAndPanics(t *testing.T) {
 			}
 			p.refuses()
 			h.hasFiles()
-			if got := children(t, p.pid); len(got) != 0 {
+			if got := proctest.ChildrenOf(t, p.pid); len(got) != 0 {
 				t.Fatalf("processes %v are left", got)
 			}
 		})
@@ -670,7 +671,7 @@ func TestStopAtRandomMoments(t *testing.T) {
 			if m.Err.PID != 0 {
 				reaped(t, m.Err.PID)
 			}
-			if got := children(t, p.pid); len(got) != 0 {
+			if got := proctest.ChildrenOf(t, p.pid); len(got) != 0 {
 				t.Fatalf("processes %v are left", got)
 			}
 			// One that had connected is dead; it must not be taken for one
@@ -694,27 +695,6 @@ func (h *hub) discard() {
 			return
 		}
 	}
-}
-
-// children lists the children of a process.
-func children(t *testing.T, pid int) []string {
-	t.Helper()
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var list []string
-	for _, e := range entries {
-		b, err := os.ReadFile("/proc/" + e.Name() + "/stat")
-		if err != nil {
-			continue
-		}
-		_, rest, _ := strings.Cut(string(b), ") ")
-		if f := strings.Fields(rest); len(f) > 1 && f[1] == strconv.Itoa(pid) {
-			list = append(list, e.Name())
-		}
-	}
-	return list
 }
 
 func TestUpgradeTwice(t *testing.T) {

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
 // What connections of packets do on Linux alone, or what only /proc tells.
@@ -320,13 +321,13 @@ func fewDescriptorsMain() {
 		_, err = ecdysis.WriteFiles(a, []byte("next"), w)
 		check(err)
 		check(w.Close())
-		before := openFDs()
+		before := proctest.OpenFDs()
 		limited := old
 		limited.Cur = limitFor(before, room)
 		check(syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limited))
 		n, got, rerr := ecdysis.ReadFiles(b, b2)
 		check(syscall.Setrlimit(syscall.RLIMIT_NOFILE, &old))
-		after := openFDs()
+		after := proctest.OpenFDs()
 		switch {
 		case room >= sent:
 			if n != 4 || len(got) != sent || rerr != nil {

@@ -2,7 +2,6 @@ package ecdysis_test
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
@@ -19,6 +18,7 @@ import (
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
 // What a successor can do wrong, and what it can be: whatever it is, the old
@@ -76,42 +76,6 @@ func init() {
 		}
 		return m
 	}
-}
-
-// childrenOf lists the children of a process, those that have ended and were
-// not reaped included.
-func childrenOf(t *testing.T, pid int) []string {
-	t.Helper()
-	all, err := filepath.Glob("/proc/[0-9]*/stat")
-	if err != nil || len(all) == 0 {
-		t.Skip("needs /proc")
-	}
-	var list []string
-	for _, f := range all {
-		b, err := os.ReadFile(f)
-		if err != nil {
-			continue // it has gone
-		}
-		// "pid (name) state ppid …", and the name may hold anything
-		rest := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
-		if rest[1] == strconv.Itoa(pid) {
-			list = append(list, string(b[:bytes.LastIndexByte(b, ')')+1])+" "+rest[0])
-		}
-	}
-	return list
-}
-
-func parentOf(t *testing.T, pid int) int {
-	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	n, err := strconv.Atoi(strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))[1])
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n
 }
 
 // A survivor is a process that serves clients while its upgrades fail.
@@ -187,7 +151,7 @@ func (v *survivor) unharmed() {
 	v.t.Helper()
 	v.load.more(10)
 	v.serves()
-	if list := childrenOf(v.t, v.pid); len(list) > 0 {
+	if list := proctest.ChildrenOf(v.t, v.pid); len(list) > 0 {
 		v.t.Errorf("children are left: %q", list)
 	}
 	v.load.check()
@@ -863,7 +827,7 @@ func TestWrapperThatExecs(t *testing.T) {
 		t.Fatalf("%+v", m.Err)
 	}
 	s.at("serving")
-	if parent := parentOf(t, s.pid); parent != v.pid {
+	if parent := proctest.ParentOf(t, s.pid); parent != v.pid {
 		t.Errorf("the successor's parent is %d; want %d", parent, v.pid)
 	}
 	s.serves()
@@ -892,7 +856,7 @@ func TestWrapperThatStays(t *testing.T) {
 			t.Fatalf("%+v", m.Err)
 		}
 		s.at("serving")
-		if parent := parentOf(t, s.pid); parent == p.pid {
+		if parent := proctest.ParentOf(t, s.pid); parent == p.pid {
 			t.Error("the successor is a child of the old process; this test shows nothing")
 		}
 		sameFiles(p, fds)
@@ -1244,13 +1208,13 @@ func TestSibling(t *testing.T) {
 			t.Fatalf("%+v", m.Err)
 		}
 		s.at("serving")
-		if parent := parentOf(t, s.pid); parent != os.Getpid() {
+		if parent := proctest.ParentOf(t, s.pid); parent != os.Getpid() {
 			t.Errorf("the successor's parent is %d; want %d", parent, os.Getpid())
 		}
 		if e := p.event(ecdysis.EventUpgraded, 0); e.PID != s.pid {
 			t.Errorf("event %+v; want PID %d", e, s.pid)
 		}
-		if list := childrenOf(t, p.pid); len(list) > 0 {
+		if list := proctest.ChildrenOf(t, p.pid); len(list) > 0 {
 			t.Errorf("the old process has children: %q", list)
 		}
 		s.serves()

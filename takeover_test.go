@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
 // Takeover: a process that nobody forked gets everything from the one that
@@ -598,9 +599,9 @@ func TestTakerDuringUpgrade(t *testing.T) {
 	if err := p.os.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(patience); state(t, p.pid) != "T"; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); proctest.State(t, p.pid) != "T"; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("process %d is in state %q", p.pid, state(t, p.pid))
+			t.Fatalf("process %d is in state %q", p.pid, proctest.State(t, p.pid))
 		}
 	}
 	h.turnedAway("", "refuses", ecdysis.ErrInProgress.Error())
@@ -1070,7 +1071,7 @@ func TestTakerEnded(t *testing.T) {
 	l.check()
 	unchanged()
 	p.serves()
-	if list := childrenOf(t, p.pid); len(list) > 0 {
+	if list := proctest.ChildrenOf(t, p.pid); len(list) > 0 {
 		t.Errorf("children: %q", list)
 	}
 }
@@ -1251,7 +1252,7 @@ func TestTakeoverLeaks(t *testing.T) {
 		p.event(ecdysis.EventUpgradeFailed, n+1)
 	}
 	unchanged()
-	if list := childrenOf(t, p.pid); len(list) > 0 {
+	if list := proctest.ChildrenOf(t, p.pid); len(list) > 0 {
 		t.Errorf("children: %q", list)
 	}
 	var first []string
@@ -1265,7 +1266,7 @@ func TestTakeoverLeaks(t *testing.T) {
 	if last := kindsOf(p.call("fds").Text); !slices.Equal(last, first) {
 		t.Errorf("after %d takeovers: %q; after one: %q", many, last, first)
 	}
-	if list := childrenOf(t, p.pid); len(list) > 0 {
+	if list := proctest.ChildrenOf(t, p.pid); len(list) > 0 {
 		t.Errorf("children: %q", list)
 	}
 	h.hasFiles("pid", "sock", "take")

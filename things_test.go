@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 	"golang.org/x/sys/unix"
 )
 
@@ -138,7 +139,7 @@ func (p *proc) unclaimed(want ...string) {
 func init() {
 	knownErrors["os.ErrClosed"] = os.ErrClosed
 	knownErrors["EOF"] = io.EOF
-	knownErrors["ECONNREFUSED"] = syscall.ECONNREFUSED
+	knownErrors["closed peer"] = proctest.ClosedPeer()
 	knownErrors["EFBIG"] = syscall.EFBIG
 	for name, f := range thingVerbs {
 		verbs["thing "+name] = func(d *daemon, c command) message {

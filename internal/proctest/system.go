@@ -26,6 +26,43 @@ func State(t testing.TB, pid int) string {
 	return p.state
 }
 
+// IsZombie reports whether a process has ended with all of its threads, and its
+// parent has not noticed.
+func IsZombie(pid int) bool {
+	p, ok := look(pid)
+	return ok && p.state == "Z" && p.threads == 1
+}
+
+// ChildrenOf lists a process's children, with their states. Those that have
+// ended and were not reaped are among them.
+func ChildrenOf(t testing.TB, pid int) (list []string) {
+	t.Helper()
+	all, err := processes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range all {
+		if c.parent == pid {
+			list = append(list, fmt.Sprint(c.pid, " ", c.state))
+		}
+	}
+	return list
+}
+
+// ParentOf returns the ID of a process's parent.
+func ParentOf(t testing.TB, pid int) int {
+	t.Helper()
+	p, ok := look(pid)
+	if !ok {
+		t.Fatalf("process %d is not there", pid)
+	}
+	return p.parent
+}
+
+// OpenFDs lists the descriptors of this process: a number, and what it is in
+// the words of the system.
+func OpenFDs() []string { return openFDs() }
+
 // Reaped fails the test unless nothing is left of p.
 func (p *Proc) Reaped() {
 	p.T.Helper()
@@ -38,10 +75,7 @@ func (p *Proc) Reaped() {
 // have noticed.
 func (p *Proc) Zombie() {
 	p.T.Helper()
-	p.until("a zombie", func() bool {
-		s, ok := look(p.Process.Pid)
-		return ok && s.state == "Z" && s.threads == 1
-	})
+	p.until("a zombie", func() bool { return IsZombie(p.Process.Pid) })
 }
 
 // Closed returns when p has ended and everything that it had is closed. Ended
@@ -65,31 +99,11 @@ func (p *Proc) until(what string, f func() bool) {
 	}
 }
 
-// Children lists p's children, with their states. Those that have ended and
-// were not reaped are among them.
-func (p *Proc) Children() (list []string) {
-	p.T.Helper()
-	all, err := processes()
-	if err != nil {
-		p.T.Fatal(err)
-	}
-	for _, c := range all {
-		if c.parent == p.PID {
-			list = append(list, fmt.Sprint(c.pid, " ", c.state))
-		}
-	}
-	return list
-}
+// Children is ChildrenOf p.
+func (p *Proc) Children() []string { p.T.Helper(); return ChildrenOf(p.T, p.PID) }
 
-// Parent returns the ID of p's parent.
-func (p *Proc) Parent() int {
-	p.T.Helper()
-	s, ok := look(p.PID)
-	if !ok {
-		p.T.Fatalf("process %d is not there", p.PID)
-	}
-	return s.parent
-}
+// Parent is ParentOf p.
+func (p *Proc) Parent() int { p.T.Helper(); return ParentOf(p.T, p.PID) }
 
 // Goroutines counts p's goroutines.
 func (p *Proc) Goroutines() int { p.T.Helper(); return callGoroutines.On(p) }
