@@ -1,5 +1,3 @@
-// Package udpflow will keep sessions over UDP alive across upgrades. This is
-// their table, which all generations share.
 package udpflow
 
 import (

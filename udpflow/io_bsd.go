@@ -1,0 +1,105 @@
+//go:build darwin || dragonfly || freebsd || netbsd || openbsd
+
+package udpflow
+
+import (
+	"net/netip"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// On these systems packets are received and sent one by one. An inbox is a pair
+// of datagram sockets: macOS has no others that keep packets apart, and those
+// of the BSDs may send a part of a packet if they have no room for the whole.
+
+// A vector is the records of a reader's messages.
+type vector struct{ records []record }
+
+func (v *vector) grow(n int) { v.records = make([]record, n) }
+
+func (v *vector) clear(int) {}
+
+// recv receives a packet from the socket.
+func (r *reader) recv(fd int) (int, error) {
+	m := &r.msgs[0]
+	for {
+		n, oobn, flags, from, err := unix.RecvmsgBuffers(fd, m.bufs, m.oob, unix.MSG_DONTWAIT)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return 0, err
+		}
+		m.n, m.flags, m.control = n, flags, m.oob[:oobn]
+		switch from := from.(type) {
+		case *unix.SockaddrInet4:
+			m.setFrom(netip.AddrFrom4(from.Addr), uint16(from.Port), 0)
+		case *unix.SockaddrInet6:
+			m.setFrom(netip.AddrFrom16(from.Addr), uint16(from.Port), from.ZoneId)
+		}
+		return 1, nil
+	}
+}
+
+// withRecord returns the buffers of a message with its record before them.
+func (r *reader) withRecord(i int) [][]byte {
+	return append([][]byte{unsafe.Slice((*byte)(unsafe.Pointer(&r.records[i])), recordSize)}, r.msgs[i].bufs...)
+}
+
+// recvForwarded receives a packet from the inbox. n is negative in a message
+// that is none.
+func (r *reader) recvForwarded(fd int) (int, error) {
+	m := &r.msgs[0]
+	for {
+		n, _, flags, _, err := unix.RecvmsgBuffers(fd, r.withRecord(0), nil, unix.MSG_DONTWAIT)
+		if err == unix.EINTR || err == unix.ECONNRESET { // a writer has closed
+			continue
+		}
+		if err != nil {
+			return 0, err
+		}
+		m.n, m.flags = n-recordSize, flags&unix.MSG_TRUNC
+		if m.n >= 0 {
+			r.records[0].decode(m)
+		}
+		return 1, nil
+	}
+}
+
+// send sends the first of the messages to an inbox, with its record.
+func (r *reader) send(fd int, list []int) (int, error) {
+	m := &r.msgs[list[0]]
+	bufs := r.withRecord(list[0])
+	left := m.n
+	for i, b := range bufs[1:] {
+		bufs[1+i] = b[:min(left, len(b))]
+		left -= len(bufs[1+i])
+	}
+	for {
+		_, err := unix.SendmsgBuffers(fd, bufs, nil, nil, unix.MSG_DONTWAIT)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return 0, err
+		}
+		return 1, nil
+	}
+}
+
+// inboxPair returns the two ends of an inbox, for reading and for writing, which
+// holds about so many bytes.
+func inboxPair(buffer int) ([2]int, error) {
+	fds, err := datagramPair()
+	if err != nil {
+		return fds, err
+	}
+	// What waits is in the receiver's buffer. The sender's limits the size of a
+	// packet. A value above the system's limit is refused.
+	for n := buffer; n >= 4<<10 && unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_RCVBUF, n) != nil; n /= 2 {
+	}
+	for n := 64<<10 + recordSize; n >= 4<<10 && unix.SetsockoptInt(fds[1], unix.SOL_SOCKET, unix.SO_SNDBUF, n) != nil; n /= 2 {
+	}
+	return fds, nil
+}

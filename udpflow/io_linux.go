@@ -1,0 +1,187 @@
+package udpflow
+
+import (
+	"net/netip"
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// A vector is the messages of a reader in the form of recvmmsg(2) and
+// sendmmsg(2). The calls are direct, because those of x/sys allocate the
+// sender's address of each packet, and take one packet each.
+type vector struct {
+	headers []mmsghdr
+	iovecs  []unix.Iovec // of each message: the record, then the caller's buffers
+	first   []int        // where the iovecs of each message begin
+	names   []unix.RawSockaddrInet6
+	records []record
+	sending []mmsghdr
+}
+
+type mmsghdr struct {
+	header unix.Msghdr
+	n      uint32
+}
+
+func (v *vector) grow(n int) {
+	*v = vector{
+		headers: make([]mmsghdr, n),
+		iovecs:  v.iovecs[:0],
+		first:   make([]int, n),
+		names:   make([]unix.RawSockaddrInet6, n),
+		records: make([]record, n),
+		sending: make([]mmsghdr, n),
+	}
+}
+
+// clear lets the caller's buffers of the first n messages go.
+func (v *vector) clear(n int) {
+	clear(v.iovecs)
+	for i := range n {
+		v.headers[i].header.Control = nil
+	}
+}
+
+// lay makes the iovecs of all messages.
+func (r *reader) lay() {
+	v := &r.vector
+	v.iovecs = v.iovecs[:0]
+	for i := range r.msgs {
+		v.first[i] = len(v.iovecs)
+		v.iovecs = append(v.iovecs, iovec((*byte)(unsafe.Pointer(&v.records[i])), recordSize))
+		for _, b := range r.msgs[i].bufs {
+			v.iovecs = append(v.iovecs, iovec(unsafe.SliceData(b), len(b)))
+		}
+	}
+}
+
+func iovec(base *byte, n int) (v unix.Iovec) {
+	v.Base = base
+	v.SetLen(n)
+	return v
+}
+
+// recv receives what there is from the socket.
+func (r *reader) recv(fd int) (int, error) {
+	v := &r.vector
+	r.lay()
+	for i := range r.msgs {
+		m, h := &r.msgs[i], &v.headers[i].header
+		h.Name, h.Namelen = (*byte)(unsafe.Pointer(&v.names[i])), uint32(unsafe.Sizeof(v.names[i]))
+		h.Iov = &v.iovecs[v.first[i]]
+		if len(m.bufs) > 0 {
+			h.Iov = &v.iovecs[v.first[i]+1]
+		}
+		h.SetIovlen(len(m.bufs))
+		h.Control = unsafe.SliceData(m.oob)
+		h.SetControllen(len(m.oob))
+	}
+	n, err := v.recvmmsg(fd, len(r.msgs))
+	for i := range r.msgs[:n] {
+		m, h := &r.msgs[i], &v.headers[i]
+		m.n, m.flags = int(h.n), int(h.header.Flags)
+		m.control = m.oob[:h.header.Controllen]
+		r.setName(m, &v.names[i])
+	}
+	return n, err
+}
+
+func (r *reader) setName(m *message, name *unix.RawSockaddrInet6) {
+	switch name.Family {
+	case unix.AF_INET:
+		name := (*unix.RawSockaddrInet4)(unsafe.Pointer(name))
+		m.setFrom(netip.AddrFrom4(name.Addr), swap(name.Port), 0)
+	case unix.AF_INET6:
+		m.setFrom(netip.AddrFrom16(name.Addr), swap(name.Port), name.Scope_id)
+	}
+}
+
+// swap returns the value of two bytes in the order of the network.
+func swap(port uint16) uint16 {
+	b := (*[2]byte)(unsafe.Pointer(&port))
+	return uint16(b[0])<<8 | uint16(b[1])
+}
+
+// recvForwarded receives what there is from the inbox. n is negative in a
+// message that is none.
+func (r *reader) recvForwarded(fd int) (int, error) {
+	v := &r.vector
+	r.lay()
+	for i := range r.msgs {
+		h := &v.headers[i].header
+		h.Name, h.Namelen = nil, 0
+		h.Iov = &v.iovecs[v.first[i]]
+		h.SetIovlen(1 + len(r.msgs[i].bufs))
+		h.Control = nil
+		h.SetControllen(0)
+	}
+	n, err := v.recvmmsg(fd, len(r.msgs))
+	for i := range r.msgs[:n] {
+		m, h := &r.msgs[i], &v.headers[i]
+		m.n, m.flags = int(h.n)-recordSize, int(h.header.Flags)&unix.MSG_TRUNC
+		if m.n >= 0 {
+			v.records[i].decode(m)
+		}
+	}
+	return n, err
+}
+
+// recvmmsg receives at most n messages, and at least one.
+func (v *vector) recvmmsg(fd, n int) (int, error) {
+	for {
+		got, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&v.headers[0])), uintptr(n), unix.MSG_DONTWAIT, 0, 0)
+		switch errno {
+		case 0:
+			return int(got), nil
+		case unix.EINTR:
+		default:
+			return 0, errno
+		}
+	}
+}
+
+// send sends messages to an inbox, each with its record, and returns how many
+// have gone.
+func (r *reader) send(fd int, list []int) (int, error) {
+	v := &r.vector
+	r.lay()
+	for k, i := range list {
+		m, h := &r.msgs[i], &v.sending[k].header
+		iovecs := v.iovecs[v.first[i]:][:1+len(m.bufs)]
+		left := m.n
+		for j := range m.bufs {
+			n := min(left, len(m.bufs[j]))
+			iovecs[1+j].SetLen(n)
+			left -= n
+		}
+		h.Iov = &iovecs[0]
+		h.SetIovlen(len(iovecs))
+	}
+	for {
+		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&v.sending[0])), uintptr(len(list)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, 0, 0)
+		switch errno {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+		default:
+			return 0, errno
+		}
+	}
+}
+
+// inboxPair returns the two ends of an inbox, for reading and for writing, which
+// holds about so many bytes.
+func inboxPair(buffer int) ([2]int, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return fds, os.NewSyscallError("socketpair", err)
+	}
+	// What waits counts as the sender's. A privileged process is not bound to
+	// the system's limit.
+	if unix.SetsockoptInt(fds[1], unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, buffer) != nil {
+		_ = unix.SetsockoptInt(fds[1], unix.SOL_SOCKET, unix.SO_SNDBUF, buffer)
+	}
+	return fds, nil
+}

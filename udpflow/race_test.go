@@ -1,0 +1,5 @@
+//go:build race
+
+package udpflow
+
+func raceEnabled() bool { return true }
