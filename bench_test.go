@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"os"
 	"os/exec"
@@ -11,8 +12,6 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
-	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -24,12 +23,20 @@ import (
 // Each benchmark measures its floor in the same run, in turn with what it
 // measures, and prints the ratio of the medians.
 
-const benchVar = "ECDYSIS_TEST_LISTENERS"
+// How many listeners a generation has, and where it tells what it measures.
+const (
+	benchVar    = "ECDYSIS_TEST_LISTENERS"
+	benchHubVar = "ECDYSIS_TEST_BENCH"
+)
 
-func init() {
-	roles["byte"] = func() { os.Stdout.WriteString("x") }
-	roles["bench"] = benchMain
-}
+var (
+	byteRole  = proctest.DefineRole("byte", func() { os.Stdout.WriteString("x") })
+	benchRole = proctest.DefineRole("bench", func() {
+		if err := benchMain(); err != nil {
+			log.Fatal(err)
+		}
+	})
+)
 
 // A sample is what a generation has measured, in nanoseconds.
 type sample struct {
@@ -41,7 +48,7 @@ type sample struct {
 
 // benchMain is a generation: it becomes ready, measures the floor and its own
 // upgrade when it is told to, and exits.
-func benchMain() {
+func benchMain() error {
 	var s sample
 	u, err := ecdysis.New(ecdysis.Options{Notify: func(e ecdysis.Event) {
 		if e.Kind == ecdysis.EventHandover {
@@ -49,39 +56,37 @@ func benchMain() {
 		}
 	}})
 	if err != nil {
-		fatal(err)
+		return err
 	}
 	n, err := strconv.Atoi(os.Getenv(benchVar))
 	if err != nil {
-		fatal(err)
+		return err
 	}
 	for range n {
 		if _, err := u.Listen("tcp", "127.0.0.1:0"); err != nil {
-			fatal(u.Fail(err))
+			return u.Fail(err)
 		}
 	}
 	if err := u.Ready(); err != nil {
-		fatal(err)
+		return err
 	}
 	s.Open = time.Now().UnixNano()
-	hub, err := net.Dial("unix", os.Getenv(hubVar))
+	hub, err := net.Dial("unix", os.Getenv(benchHubVar))
 	if err != nil {
-		fatal(err)
+		return err
 	}
 	if _, err := hub.Read(make([]byte, 1)); err != nil {
-		return // the benchmark is over
+		return nil // the benchmark is over
 	}
 	if s.Floor, err = floor(); err != nil {
-		fatal(err)
+		return err
 	}
 	start := time.Now()
 	if err := u.Upgrade(); err != nil {
-		fatal(err)
+		return err
 	}
 	s.Upgrade = time.Since(start).Nanoseconds()
-	if err := json.NewEncoder(hub).Encode(s); err != nil {
-		fatal(err)
-	}
+	return json.NewEncoder(hub).Encode(s)
 }
 
 // floor starts this program once more, without the package, and returns the
@@ -92,11 +97,9 @@ func floor() (int64, error) {
 		return 0, err
 	}
 	defer r.Close()
-	env := append(slices.DeleteFunc(os.Environ(), func(s string) bool {
-		return strings.HasPrefix(s, roleVar+"=")
-	}), roleVar+"=byte")
+	cmd := byteRole.Command()
 	start := time.Now()
-	p, err := os.StartProcess(os.Args[0], os.Args[:1], &os.ProcAttr{Env: env, Files: []*os.File{nil, w, os.Stderr}})
+	p, err := os.StartProcess(cmd.Path, cmd.Args, &os.ProcAttr{Env: cmd.Environ(), Files: []*os.File{nil, w, os.Stderr}})
 	w.Close()
 	if err != nil {
 		return 0, err
@@ -153,14 +156,14 @@ func floorListeners(b *testing.B, n int) time.Duration {
 
 // chain runs n upgrades in a row and returns what each has measured.
 func chain(b *testing.B, n, listeners int) []sample {
-	dir := shortDir(b)
+	dir := proctest.ShortDir(b)
 	hub, err := net.Listen("unix", filepath.Join(dir, "hub"))
 	if err != nil {
 		b.Fatal(err)
 	}
 	defer hub.Close()
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), roleVar+"=bench", hubVar+"="+hub.Addr().String(), benchVar+"="+strconv.Itoa(listeners))
+	cmd := benchRole.Command()
+	cmd.Env = append(cmd.Env, benchHubVar+"="+hub.Addr().String(), benchVar+"="+strconv.Itoa(listeners))
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		b.Fatal(err)
@@ -226,22 +229,10 @@ func BenchmarkUpgrade(b *testing.B) {
 	}
 }
 
-// ours is the benchmark process's own Upgrader; there can be only one.
-var ours = sync.OnceValues(func() (*ecdysis.Upgrader, error) {
-	u, err := ecdysis.New(ecdysis.Options{})
-	if err == nil {
-		err = u.Ready()
-	}
-	return u, err
-})
-
 // BenchmarkAccept compares Accept with net's. Connections wait in the backlog
 // before the clock starts: it measures Accept alone.
 func BenchmarkAccept(b *testing.B) {
-	u, err := ours()
-	if err != nil {
-		b.Fatal(err)
-	}
+	u := proctest.Ours(b)
 	a, err := u.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		b.Fatal(err)
@@ -310,10 +301,7 @@ func acceptBatch(ln net.Listener, n int) (time.Duration, error) {
 // BenchmarkListener measures what a listener costs beside net's: descriptors
 // and bytes of memory.
 func BenchmarkListener(b *testing.B) {
-	u, err := ours()
-	if err != nil {
-		b.Fatal(err)
-	}
+	u := proctest.Ours(b)
 	measure := func(listen func(network, address string) (net.Listener, error)) (fds, bytes float64) {
 		const n = 1000
 		var before, after runtime.MemStats

@@ -8,56 +8,61 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
-)
 
-func init() {
-	for name, example := range map[string]func(){
-		"":              Example,
-		" wait":         ExampleUpgrader_Wait,
-		" packet":       ExampleUpgrader_ListenPacket,
-		" seqpacket":    ExampleUpgrader_ListenSeqpacket,
-		" conn":         ExampleUpgrader_AddConn,
-		" file":         ExampleUpgrader_AddFile,
-		" listener":     ExampleUpgrader_Listener,
-		" pair":         ExampleUpgrader_DatagramPair,
-		" state":        ExampleUpgrader_State,
-		" unregistered": ExampleUpgrader_Unregistered,
-		" request":      ExampleRequest,
-	} {
-		roles["example"+name] = func() {
-			address, exampleDir = "127.0.0.1:0", os.Getenv(exampleDirVar)
-			socketDir = exampleDir
-			example()
-		}
-	}
-}
+	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
+)
 
 // exampleDirVar names the directory in which an example has its files.
 const exampleDirVar = "ECDYSIS_TEST_EXAMPLE_DIR"
 
-// An exampleRun is the example and its successors, which share one standard
-// error.
+var examples = make(map[string]proctest.Role)
+
+func init() {
+	for name, example := range map[string]func(){
+		"smallest":     Example,
+		"wait":         ExampleUpgrader_Wait,
+		"packet":       ExampleUpgrader_ListenPacket,
+		"seqpacket":    ExampleUpgrader_ListenSeqpacket,
+		"conn":         ExampleUpgrader_AddConn,
+		"file":         ExampleUpgrader_AddFile,
+		"listener":     ExampleUpgrader_Listener,
+		"pair":         ExampleUpgrader_DatagramPair,
+		"state":        ExampleUpgrader_State,
+		"unregistered": ExampleUpgrader_Unregistered,
+		"request":      ExampleRequest,
+	} {
+		examples[name] = proctest.DefineRole("example "+name, func() {
+			address, exampleDir = "127.0.0.1:0", os.Getenv(exampleDirVar)
+			socketDir = exampleDir
+			example()
+		})
+	}
+}
+
+// An exampleRun is the example and its successors.
 type exampleRun struct {
-	t     *testing.T
-	cmd   *exec.Cmd
-	path  string      // a link to the program
-	dir   string      // for its files
-	lines chan string // of the log; closed when all of them have ended
+	*proctest.Program
+	t    *testing.T
+	path string // a link to the program
+	dir  string // for its files
 }
 
 func runExample(t *testing.T, name string) *exampleRun {
 	t.Helper()
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	e := &exampleRun{t: t, path: filepath.Join(t.TempDir(), "daemon"), dir: shortDir(t), lines: make(chan string, 1000)}
+	e := newExample(t)
+	e.Program = proctest.Run(t, e.command(name))
+	return e
+}
+
+func newExample(t *testing.T) *exampleRun {
+	t.Helper()
+	e := &exampleRun{t: t, path: filepath.Join(t.TempDir(), "daemon"), dir: proctest.ShortDir(t)}
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -65,57 +70,15 @@ func runExample(t *testing.T, name string) *exampleRun {
 	if err := os.Symlink(self, e.path); err != nil {
 		t.Fatal(err)
 	}
-	e.cmd = exec.Command(e.path, "-test.run=^$")
-	e.cmd.Env = append(os.Environ(), roleVar+"=example"+name, exampleDirVar+"="+e.dir)
-	e.cmd.Stderr = w
-	if err := e.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	w.Close()
-	go func() {
-		defer r.Close()
-		defer close(e.lines)
-		for s := bufio.NewScanner(r); s.Scan(); {
-			e.lines <- s.Text()
-		}
-	}()
-	t.Cleanup(func() { _ = e.cmd.Process.Kill() })
 	return e
 }
 
-// await returns what the next line that matches has in its parentheses.
-func (e *exampleRun) await(pattern string) string {
-	e.t.Helper()
-	re := regexp.MustCompile(pattern)
-	limit := time.After(patience)
-	for {
-		select {
-		case line, ok := <-e.lines:
-			if m := re.FindStringSubmatch(line); m != nil {
-				return m[1]
-			}
-			if !ok {
-				e.t.Fatalf("the example has ended without a line %q", pattern)
-			}
-		case <-limit:
-			e.t.Fatalf("no line %q", pattern)
-		}
-	}
-}
-
-// ready returns the process that serves as this generation.
-func (e *exampleRun) ready(generation int) *os.Process {
-	e.t.Helper()
-	pid, err := strconv.Atoi(e.await(`ready: pid=(\d+) generation=` + strconv.Itoa(generation) + `$`))
-	if err != nil {
-		e.t.Fatal(err)
-	}
-	p, err := os.FindProcess(pid)
-	if err != nil {
-		e.t.Fatal(err)
-	}
-	e.t.Cleanup(func() { _ = p.Kill() })
-	return p
+// command starts an example by the link, with e's files.
+func (e *exampleRun) command(name string) *exec.Cmd {
+	cmd := examples[name].Command()
+	cmd.Path, cmd.Args[0] = e.path, e.path
+	cmd.Env = append(cmd.Env, exampleDirVar+"="+e.dir)
+	return cmd
 }
 
 func (e *exampleRun) signal(p *os.Process, s os.Signal) {
@@ -128,7 +91,7 @@ func (e *exampleRun) signal(p *os.Process, s os.Signal) {
 // dial connects and asserts that the connection is served.
 func (e *exampleRun) dial(addr string) net.Conn {
 	e.t.Helper()
-	c, err := net.DialTimeout("tcp", addr, patience)
+	c, err := net.DialTimeout("tcp", addr, proctest.Patience)
 	if err != nil {
 		e.t.Fatal(err)
 	}
@@ -139,7 +102,7 @@ func (e *exampleRun) dial(addr string) net.Conn {
 
 func (e *exampleRun) echo(c net.Conn, text string) {
 	e.t.Helper()
-	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(proctest.Patience)); err != nil {
 		e.t.Fatal(err)
 	}
 	if _, err := io.WriteString(c, text); err != nil {
@@ -160,33 +123,32 @@ func (e *exampleRun) stop(p *os.Process, client net.Conn) {
 		e.t.Fatal(err)
 	}
 	e.signal(p, syscall.SIGHUP)
-	e.await(`(upgrade failed) by signal hangup: .* failed at start`)
+	e.Await(`(upgrade failed) by signal hangup: .* failed at start`)
 	e.signal(p, syscall.SIGTERM)
-	e.await(`(stopping) by signal terminated`)
+	e.Await(`(stopping) by signal terminated`)
 	e.echo(client, "finished to the end\n")
 	client.Close()
-	for range e.lines { // until it has ended
-	}
+	e.End()
 }
 
 // The package example, run as it stands: SIGHUP replaces it, SIGTERM stops it.
 func TestExample(t *testing.T) {
 	t.Parallel()
-	e := runExample(t, "")
-	addr := e.await(`listening on (\S+)`)
-	first := e.ready(0)
+	e := runExample(t, "smallest")
+	addr := e.Await(`listening on (\S+)`)[1]
+	first := e.Ready(0)
 	held := e.dial(addr)
 
 	e.signal(first, syscall.SIGHUP)
-	second := e.ready(1)
+	second := e.Ready(1)
 	if second.Pid == first.Pid {
 		t.Fatalf("the successor is process %d again", first.Pid)
 	}
 	late := e.dial(addr)
 	e.echo(held, "the old process finishes\n")
 	held.Close()
-	if err := e.cmd.Wait(); err != nil {
-		t.Fatalf("the old process: %v", err)
+	if end := e.Wait(); !end.Success() {
+		t.Fatalf("the predecessor: %v", end)
 	}
 	e.echo(late, "the old process has gone\n")
 	e.dial(addr).Close()
@@ -201,11 +163,11 @@ func TestExample(t *testing.T) {
 // Stopped by SIGTERM, the package example exits with status 0.
 func TestExampleStop(t *testing.T) {
 	t.Parallel()
-	e := runExample(t, "")
-	addr := e.await(`listening on (\S+)`)
-	e.stop(e.ready(0), e.dial(addr))
-	if err := e.cmd.Wait(); err != nil {
-		t.Fatalf("exit after SIGTERM: %v", err)
+	e := runExample(t, "smallest")
+	addr := e.Await(`listening on (\S+)`)[1]
+	e.stop(e.Ready(0), e.dial(addr))
+	if end := e.End(); !end.Success() {
+		t.Fatalf("after SIGTERM: %v", end)
 	}
 }
 
@@ -234,16 +196,16 @@ func TestReadme(t *testing.T) {
 func (e *exampleRun) upgrade(p *os.Process, generation int) *os.Process {
 	e.t.Helper()
 	e.signal(p, syscall.SIGHUP)
-	s := e.ready(generation)
-	e.await(`(upgraded) by signal`)
+	s := e.Ready(generation)
+	e.Await(`(upgraded) by signal`)
 	return s
 }
 
 func TestExampleListenPacket(t *testing.T) {
 	t.Parallel()
-	e := runExample(t, " packet")
-	addr := e.await(`listening on (\S+)`)
-	p := e.ready(0)
+	e := runExample(t, "packet")
+	addr := e.Await(`listening on (\S+)`)[1]
+	p := e.Ready(0)
 	c, err := net.Dial("udp", addr)
 	if err != nil {
 		t.Fatal(err)
@@ -258,9 +220,9 @@ func TestExampleListenPacket(t *testing.T) {
 
 func TestExampleListenSeqpacket(t *testing.T) {
 	t.Parallel()
-	e := runExample(t, " seqpacket")
-	e.await(`listening on (\S+)`)
-	p := e.ready(0)
+	e := runExample(t, "seqpacket")
+	e.Await(`listening on (\S+)`)
+	p := e.Ready(0)
 	dial := func() net.Conn {
 		c, err := net.Dial("unixpacket", filepath.Join(e.dir, "packets.sock"))
 		if err != nil {
@@ -281,15 +243,15 @@ func TestExampleListenSeqpacket(t *testing.T) {
 // A subscriber stays connected over three upgrades and one that fails.
 func TestExampleAddConn(t *testing.T) {
 	t.Parallel()
-	e := runExample(t, " conn")
-	addr := e.await(`listening on (\S+)`)
-	p := e.ready(0)
+	e := runExample(t, "conn")
+	addr := e.Await(`listening on (\S+)`)[1]
+	p := e.Ready(0)
 	c, err := net.Dial("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(proctest.Patience)); err != nil {
 		t.Fatal(err)
 	}
 	r := bufio.NewReader(c)
@@ -311,7 +273,7 @@ func TestExampleAddConn(t *testing.T) {
 		t.Fatal(err)
 	}
 	e.signal(p, syscall.SIGHUP)
-	e.await(`(upgrade failed) by signal`)
+	e.Await(`(upgrade failed) by signal`)
 	if err := os.Symlink(self, e.path); err != nil {
 		t.Fatal(err)
 	}
@@ -330,8 +292,8 @@ func TestExampleAddConn(t *testing.T) {
 // The lock is held at every moment, also between two processes.
 func TestExampleAddFile(t *testing.T) {
 	t.Parallel()
-	e := runExample(t, " file")
-	p := e.ready(0)
+	e := runExample(t, "file")
+	p := e.Ready(0)
 	f, err := os.Open(filepath.Join(e.dir, "lock"))
 	if err != nil {
 		t.Fatal(err)
@@ -349,8 +311,7 @@ func TestExampleAddFile(t *testing.T) {
 		e.t.Logf("process %d gave the lock to %d", old.Pid, p.Pid)
 	}
 	e.signal(p, syscall.SIGTERM)
-	for range e.lines { // until it has ended
-	}
+	e.End()
 	if locked() {
 		t.Fatal("still locked after the end")
 	}
@@ -358,9 +319,9 @@ func TestExampleAddFile(t *testing.T) {
 
 func TestExampleListener(t *testing.T) {
 	t.Parallel()
-	e := runExample(t, " listener")
-	addr := e.await(`listening on (\S+)`)
-	p := e.ready(0)
+	e := runExample(t, "listener")
+	addr := e.Await(`listening on (\S+)`)[1]
+	p := e.Ready(0)
 	held := e.dial(addr)
 	p = e.upgrade(p, 1)
 	e.echo(held, "the old process finishes\n")
@@ -370,60 +331,61 @@ func TestExampleListener(t *testing.T) {
 
 func TestExampleDatagramPair(t *testing.T) {
 	t.Parallel()
-	e := runExample(t, " pair")
-	p := e.ready(0)
+	e := runExample(t, "pair")
+	p := e.Ready(0)
 	for g := range 3 {
 		e.signal(p, syscall.SIGHUP)
-		e.await(`(generation ` + strconv.Itoa(g) + `) was asked "who are you\?"`)
-		p = e.ready(g + 1)
-		e.await(`(upgraded) by signal`)
+		e.Await(`(generation ` + strconv.Itoa(g) + `) was asked "who are you\?"`)
+		p = e.Ready(g + 1)
+		e.Await(`(upgraded) by signal`)
 	}
 }
 
 func TestExampleState(t *testing.T) {
 	t.Parallel()
-	e := runExample(t, " state")
-	e.await(`(upgrades so far: 0)`)
-	p := e.ready(0)
+	e := runExample(t, "state")
+	e.Await(`(upgrades so far: 0)`)
+	p := e.Ready(0)
 	for g := range 3 {
 		e.signal(p, syscall.SIGHUP)
-		e.await(`(upgrades so far: ` + strconv.Itoa(g+1) + `)$`)
-		p = e.ready(g + 1)
-		e.await(`(upgraded) by signal`)
+		e.Await(`(upgrades so far: ` + strconv.Itoa(g+1) + `)$`)
+		p = e.Ready(g + 1)
+		e.Await(`(upgraded) by signal`)
 	}
 }
 
 func TestExampleUnregistered(t *testing.T) {
 	t.Parallel()
-	e := runExample(t, " unregistered")
-	e.await(`not handed on: (tcp 127\.0\.0\.1:\d+ \(descriptor \d+\))`)
-	e.ready(0)
+	e := runExample(t, "unregistered")
+	e.Await(`not handed on: (tcp 127\.0\.0\.1:\d+ \(descriptor \d+\))`)
+	e.Ready(0)
 }
 
 // The daemon of the example is told by its sockets, and taken over.
 func TestExampleWait(t *testing.T) {
 	t.Parallel()
-	e := runExample(t, " wait")
-	e.ready(0)
-	client := exec.Command(e.path, "-test.run=^$")
-	client.Env = append(os.Environ(), roleVar+"=example request", exampleDirVar+"="+e.dir)
-	out, err := client.CombinedOutput()
-	second := e.ready(1)
+	e := newExample(t)
+	e.Program = proctest.Open(t, e.command("wait"))
+	e.Ready(0)
+	out, err := e.command("request").CombinedOutput()
+	second := e.Ready(1)
 	if want := fmt.Sprintf("replaced by pid=%d generation=1\n", second.Pid); err != nil || string(out) != want {
 		t.Fatalf("the client prints %q, %v; want %q", out, err, want)
 	}
-	e.await(`(process ` + strconv.Itoa(second.Pid) + ` serves)`)
-	taker := exec.Command(e.path, "-test.run=^$")
-	taker.Env = append(os.Environ(), roleVar+"=example wait", exampleDirVar+"="+e.dir)
-	stderr := new(lockedBuffer)
-	taker.Stderr = stderr
+	e.Await(`process ` + strconv.Itoa(second.Pid) + ` serves`)
+	taker := e.command("wait")
+	taker.Stderr = e.Stderr()
 	if err := taker.Start(); err != nil {
 		t.Fatal(err)
 	}
-	e.await(`(process ` + strconv.Itoa(taker.Process.Pid) + ` serves)`)
+	e.CloseStderr()
+	e.Await(`process ` + strconv.Itoa(taker.Process.Pid) + ` serves`)
 	want := fmt.Sprintf("pid=%d generation=2", taker.Process.Pid)
-	asked(t, filepath.Join(e.dir, "partial-stop"), want)
-	if err := taker.Wait(); err != nil || !strings.Contains(stderr.String(), "stopping: "+want) {
-		t.Errorf("the one that takes over ends with %v; its log:\n%s", err, stderr)
+	if line, err := ecdysis.Request(t.Context(), filepath.Join(e.dir, "partial-stop")); err != nil || line != want {
+		t.Errorf("the partial stop is answered by %q, %v; want %q", line, err, want)
+	}
+	e.Await("stopping: " + want)
+	if err := taker.Wait(); err != nil {
+		t.Errorf("the one that takes over ends with %v", err)
 	}
 }

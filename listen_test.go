@@ -15,15 +15,13 @@ import (
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
 // listenTest returns this process's Upgrader, which serves.
 func listenTest(t *testing.T) *ecdysis.Upgrader {
 	t.Helper()
-	u, err := ours()
-	if err != nil {
-		t.Fatal(err)
-	}
+	u := proctest.Ours(t)
 	return u
 }
 

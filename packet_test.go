@@ -1880,8 +1880,11 @@ func TestPacketAllocs(t *testing.T) {
 // dgramAllocs prints for some ways to read, each after a write, the
 // allocations with the package and with net.
 func dgramAllocs() {
-	u, err := ours()
+	u, err := ecdysis.New(ecdysis.Options{})
 	if err != nil {
+		fatal(err)
+	}
+	if err := u.Ready(); err != nil {
 		fatal(err)
 	}
 	p, err := u.ListenPacket("udp", "127.0.0.1:0")

@@ -56,10 +56,7 @@ func needSeqpacket(t testing.TB) {
 func acceptSeqpacket(t testing.TB, local string) (*ecdysis.SeqpacketConn, *net.UnixConn) {
 	t.Helper()
 	needSeqpacket(t)
-	u, err := ours()
-	if err != nil {
-		t.Fatal(err)
-	}
+	u := proctest.Ours(t)
 	ln, err := u.ListenSeqpacket(filepath.Join(shortDir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
@@ -92,10 +89,7 @@ func seqpacketPair(t testing.TB) (near, far *ecdysis.SeqpacketConn) {
 
 func ownEnd(t testing.TB, c *net.UnixConn) *ecdysis.SeqpacketConn {
 	t.Helper()
-	u, err := ours()
-	if err != nil {
-		t.Fatal(err)
-	}
+	u := proctest.Ours(t)
 	name := fmt.Sprintf("%s %p", t.Name(), c)
 	if err := u.AddConn(name, c); err != nil {
 		t.Fatal(err)

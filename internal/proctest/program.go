@@ -67,7 +67,7 @@ func Open(t testing.TB, cmd *exec.Cmd) *Program {
 	t.Cleanup(func() {
 		w.Close()
 		defer func() {
-			p.wait()
+			p.Wait()
 			if t.Failed() {
 				t.Logf("what %s wrote to standard error:\n%s", cmd.Path, strings.Join(p.Said(), "\n"))
 			}
@@ -150,14 +150,15 @@ func (p *Program) End() *os.ProcessState {
 			if ok {
 				continue
 			}
-			return p.wait()
+			return p.Wait()
 		case <-limit:
 			p.T.Fatal("processes are left")
 		}
 	}
 }
 
-func (p *Program) wait() *os.ProcessState {
+// Wait returns when the first process has ended, and returns how it did.
+func (p *Program) Wait() *os.ProcessState {
 	p.once.Do(func() {
 		_ = p.Cmd.Wait()
 		p.state = p.Cmd.ProcessState
