@@ -215,7 +215,7 @@ func (u *Upgrader) PacketConn(name string) (net.PacketConn, error) {
 }
 
 func (u *Upgrader) claimName(kind, name string) (pausable, error) {
-	s, err := u.claim(askedAddr{}, func(r *registry) *entry { return r.findName(kind, name) })
+	s, err := u.claim(nil, func(r *registry) *entry { return r.findName(kind, name) })
 	if s == nil && err == nil {
 		err = noneNamed(kind, name)
 	}
@@ -272,7 +272,7 @@ func (u *Upgrader) FileNames(prefix string) []string {
 	defer u.mu.Unlock()
 	var names []string
 	for _, e := range append(u.reg.unclaimed(), u.reg.entries...) {
-		if e.name != "" && strings.HasPrefix(e.name, prefix) && e.sock == nil && slices.Contains(fileKinds, e.kind) {
+		if e.name != "" && strings.HasPrefix(e.name, prefix) && e.isBare() && slices.Contains(fileKinds, e.kind) {
 			names = append(names, e.name)
 		}
 	}

@@ -173,17 +173,27 @@ func (u *Upgrader) keepStopClient(t *trigger) {
 	}
 	u.mu.Unlock()
 	if e.Kind != "" {
-		answer(t.conn, outcome(e))
+		u.answerStop(t.conn, e)
 	}
 	t.conn = nil
 }
 
-// outcome is the answer to a client that has requested the end of this process.
-func outcome(e Event) string {
-	if e.Kind == EventUpgraded {
-		return fmt.Sprintf("error: %v: pid=%d generation=%d serves", ErrUpgraded, e.PID, e.Generation)
+// answerStop answers a client that has requested the end of this process, now
+// that it accepts no more. The connection stays open until this process exits,
+// so that the client can wait for that. If this process was replaced before, and
+// could not pass the stop on, the answer is an error.
+func (u *Upgrader) answerStop(c *net.UnixConn, e Event) {
+	u.mu.Lock()
+	failed := e.Kind == EventUpgraded && !u.life.passedOn
+	if !failed {
+		u.life.answered = append(u.life.answered, c)
 	}
-	return okLine(e)
+	u.mu.Unlock()
+	if failed {
+		answer(c, fmt.Sprintf("error: %v: pid=%d generation=%d serves", ErrUpgraded, e.PID, e.Generation))
+		return
+	}
+	writeLine(c, okLine(e))
 }
 
 func okLine(e Event) string {
@@ -196,7 +206,11 @@ func answer(c *net.UnixConn, line string) {
 	if c == nil {
 		return
 	}
-	defer c.Close()
+	writeLine(c, line)
+	c.Close()
+}
+
+func writeLine(c *net.UnixConn, line string) {
 	line = strings.Map(func(r rune) rune {
 		if r < ' ' {
 			return ' '

@@ -1,6 +1,7 @@
 package ecdysis_test
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -43,10 +44,33 @@ func request(t *testing.T, path string) func() (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	go func() {
 		defer cancel()
-		line, err := ecdysis.Request(ctx, path)
+		line, err := firstLine(ctx, path)
 		ch <- result{line, err}
 	}()
 	return func() (string, error) { r := <-ch; return r.line, r.err }
+}
+
+// firstLine is Request, except that it does not wait for the end of the
+// connection.
+func firstLine(ctx context.Context, path string) (string, error) {
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })()
+	line, err := bufio.NewReader(c).ReadString('\n')
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	if err != nil {
+		return "", err
+	}
+	line = strings.TrimSuffix(line, "\n")
+	if text, ok := strings.CutPrefix(line, "ok "); ok {
+		return text, nil
+	}
+	return "", fmt.Errorf("ecdysis: request at %q: %s", path, strings.TrimPrefix(line, "error: "))
 }
 
 // asked asks a control socket and wants this answer.
@@ -791,9 +815,9 @@ func TestRequestErrors(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			line, err := ecdysis.Request(c.ctx, c.path)
-			if err == nil || line != "" || !strings.HasPrefix(err.Error(), fmt.Sprintf("ecdysis: request at %q: ", c.path)) ||
+			if err == nil || line != (ecdysis.Reply{}) || !strings.HasPrefix(err.Error(), fmt.Sprintf("ecdysis: request at %q: ", c.path)) ||
 				!strings.Contains(err.Error(), c.text) || c.is != nil && !errors.Is(err, c.is) {
-				t.Fatalf("%q, %v; want an error with %q that is %v", line, err, c.text, c.is)
+				t.Fatalf("%v, %v; want an error with %q that is %v", line, err, c.text, c.is)
 			}
 			var oe *net.OpError
 			if _, isErrno := c.is.(syscall.Errno); isErrno && !errors.As(err, &oe) {

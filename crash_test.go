@@ -396,15 +396,12 @@ func TestProbationKilled(t *testing.T) {
 	}
 	l.more(20)
 	l.check(3 * 2)
-	answer := p.begin(command{Verb: "upgrade"})
+	_ = p.begin(command{Verb: "upgrade"})
 	s := h.proc()
 	s.at("serving")
 	s.serves()
-	// A stop of the old one, which stands by, makes it final.
-	p.call("stop")
-	if m := answer(); m.Err != nil {
-		t.Fatalf("upgrade: %+v", m.Err)
-	}
+	// The end of the old one, which stands by, makes it final.
+	p.kill()
 	s.serves()
 	s.hasPIDFile()
 	h.hasFiles("pid", "sock")
@@ -486,14 +483,11 @@ func TestProbationLimits(t *testing.T) {
 	checkErr(t, answer().Err, "probation", "unexpected EOF")
 	p.serves() // at all three
 
-	answer = p.begin(command{Verb: "upgrade"})
+	_ = p.begin(command{Verb: "upgrade"})
 	s = h.proc()
 	s.at("serving")
 	checkErr(t, s.call("upgrade").Err, "", "ErrInProgress")
-	p.call("stop") // final
-	if m := answer(); m.Err != nil {
-		t.Fatalf("upgrade: %+v", m.Err)
-	}
+	p.kill() // final
 	if m := s.call("close", "2"); m.Err != nil {
 		t.Fatalf("Close: %+v", m.Err)
 	}

@@ -47,6 +47,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -67,10 +68,12 @@ type Upgrader struct {
 	// New sets these, and they do not change.
 	opts       Options
 	generation int
-	pred       *predecessor // what this process knows of the older one; it has locks of its own
-	state      *stateReader // what the predecessor has written; nil if it has written nothing
-	signals    chan os.Signal
+	pred       *predecessor   // what this process knows of the older one; it has locks of its own
+	state      *stateReader   // what the predecessor has written; nil if it has written nothing
+	signals    chan os.Signal // to upgrade
 	controls   []*control
+
+	stops, partialStops chan os.Signal // from catchStops until the end
 
 	// mu guards what follows. It is held neither over a hook nor over a call
 	// that can block.
@@ -101,8 +104,10 @@ var process atomic.Pointer[Upgrader]
 // is an error that wraps EADDRINUSE.
 func New(opts Options) (*Upgrader, error) {
 	u := &Upgrader{
-		signals: make(chan os.Signal, 1), // several that wait are one
-		life:    newLifecycle(),
+		signals:      make(chan os.Signal, 1), // several that wait are one
+		stops:        make(chan os.Signal, 2), // a second one is another order
+		partialStops: make(chan os.Signal, 1),
+		life:         newLifecycle(),
 	}
 	if !process.CompareAndSwap(nil, u) {
 		return nil, errors.New("ecdysis: New was called before; a process has one Upgrader")
@@ -170,3 +175,55 @@ func (u *Upgrader) notify(e Event) {
 		u.opts.Notify(e)
 	}
 }
+
+// notifyWithin calls the hook while nobody serves: on a goroutine of its own,
+// for which it waits at most hookTimeout, and not after mustEnd reports true. A
+// hook that takes longer keeps its goroutine until it returns. A panic is raised
+// here.
+func (u *Upgrader) notifyWithin(e Event, mustEnd func() bool) error {
+	if u.opts.Notify == nil {
+		return nil
+	}
+	var left atomic.Bool // nobody waits any more
+	var reason any
+	done := make(chan bool, 1)
+	go func() {
+		returned := false
+		defer func() {
+			if !returned && !left.Load() {
+				reason = recover()
+			}
+			done <- returned
+		}()
+		u.opts.Notify(e)
+		returned = true
+	}()
+	limit := time.NewTimer(hookTimeout)
+	defer limit.Stop()
+	look := time.NewTicker(pollInterval)
+	defer look.Stop()
+	for {
+		select {
+		case returned := <-done:
+			if returned {
+				return nil
+			}
+			if reason != nil {
+				panic(reason)
+			}
+			runtime.Goexit() // as the hook has done
+		case <-look.C:
+			if mustEnd() {
+				left.Store(true)
+				return ErrStopped
+			}
+		case <-limit.C:
+			left.Store(true)
+			return fmt.Errorf("Options.Notify has not returned within %v of %q: %w", hookTimeout, e.Kind, os.ErrDeadlineExceeded)
+		}
+	}
+}
+
+// hookTimeout is how long the hooks for EventHandover and EventResumed may
+// take.
+const hookTimeout = 5 * time.Second

@@ -142,7 +142,7 @@ const (
 )
 
 // A pausable is what an entry is once it was asked for, if clients find it by
-// its address: a *listener or a *packetConn.
+// its address: a *listener, a *packetConn or a rawUDP.
 type pausable interface {
 	pause()
 	unpause()
@@ -177,6 +177,12 @@ func (e *entry) control(f func(fd uintptr)) error {
 		return os.ErrClosed
 	}
 	return e.raw.Control(f)
+}
+
+// isBare reports whether e is a descriptor in nobody's hands.
+func (e *entry) isBare() bool {
+	_, bare := e.raw.(rawFD)
+	return bare
 }
 
 // moveOut returns e's bare descriptor, which is then the caller's, or -1.

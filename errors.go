@@ -28,10 +28,10 @@ var (
 	// ErrInit means that this process is PID 1, which cannot be replaced by a
 	// child: its exit ends the container or the system.
 	ErrInit = errors.New("ecdysis: PID 1 cannot be replaced by its child")
-	// ErrAborted means that the predecessor has given this successor up and
-	// goes on serving, or that Fail was called. The listeners stay paused for
-	// good.
-	ErrAborted = errors.New("ecdysis: this upgrade has been given up, and the old process goes on serving")
+	// ErrAborted means that the predecessor has given this successor up, or that
+	// Fail was called. The listeners stay paused for good. The error's text has
+	// the predecessor's reason.
+	ErrAborted = errors.New("ecdysis: this upgrade has been given up")
 )
 
 // errZero is returned by the calls that would otherwise wait for ever.

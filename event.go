@@ -37,6 +37,11 @@ const (
 	// as a lack of descriptors. The first one is told, and then at most one a
 	// minute.
 	EventAcceptError EventKind = "accept error"
+	// EventStopDeferred means that a stop has come while another process takes
+	// over. It is consent: this process goes on until that process serves, has
+	// failed, or has used up UpgradeTimeout, and ends then. A second stop ends
+	// it at once.
+	EventStopDeferred EventKind = "stop deferred"
 	// EventPartialStop means that this process has ended accepting.
 	EventPartialStop EventKind = "partial stop"
 	// EventStopping means that this process ends.
@@ -48,6 +53,7 @@ type Event struct {
 	Kind       EventKind
 	Signal     os.Signal // the signal that caused it; nil if a control socket or a call did
 	Socket     string    // the path of the control socket that caused it; empty if a signal or a call did
+	PassedOn   bool      // EventStopping, EventPartialStop: the predecessor got the stop while it was being replaced, and has passed it on
 	PID        int       // of the process that the event is about; 0 if there is none yet
 	Generation int       // of that process: in an upgrade, the successor's
 	Unclaimed  []string  // EventReady: what was inherited and closed because no call asked for it: "tcp :80", "conn name", "file name", "pair name", "state"
@@ -63,6 +69,9 @@ func (e Event) String() string {
 	}
 	if e.Socket != "" {
 		b.WriteString(" by socket " + e.Socket)
+	}
+	if e.PassedOn {
+		b.WriteString(" passed on by the predecessor")
 	}
 	if e.PID != 0 {
 		b.WriteString(": pid=" + strconv.Itoa(e.PID) + " generation=" + strconv.Itoa(e.Generation))

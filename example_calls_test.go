@@ -58,11 +58,11 @@ func explain(err error) string {
 func ExampleRequest() {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	line, err := ecdysis.Request(ctx, socketDir+"/upgrade")
+	successor, err := ecdysis.Request(ctx, socketDir+"/upgrade")
 	if err != nil {
 		log.Fatal(err) // the daemon serves on
 	}
-	fmt.Println("replaced by", line) // pid=4711 generation=1
+	fmt.Println("replaced by", successor) // pid=4711 generation=1
 }
 
 // socketDir is where the examples have their control sockets.

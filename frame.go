@@ -31,9 +31,10 @@ const (
 	frameReady   = 'R' // new to old: pid, unclaimed
 	frameFail    = 'F' // new to old: reason, inuse, network, address; old to new, in the place of frameHello: reason
 	frameCommit  = 'C' // old to new: probation; the old process accepts no more
-	frameAbort   = 'A' // old to new: the new process is given up
+	frameAbort   = 'A' // old to new: reason; the new process is given up
 	frameDone    = 'D' // new to old: the new process serves
 	frameBye     = 'B' // new to old, within probation: the new process was stopped, so the old one must not come back
+	frameStop    = 'O' // old to new, before frameFinal: kind, signal, socket; a stop that has come since frameCommit
 	frameFinal   = 'L' // old to new: the old process will not come back
 )
 

@@ -50,7 +50,7 @@ func (u *Upgrader) receiveEntries(deadline time.Time) error {
 		case frameEnd:
 			return nil
 		case frameAbort:
-			return ErrAborted
+			return aborted(f)
 		case frameSockets:
 			if err := u.receiveBatch(f); err != nil {
 				return err

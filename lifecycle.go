@@ -43,7 +43,14 @@ type lifecycle struct {
 	phase       phase
 	pending     EventKind       // a stop that came while Ready or Upgrade ran, which carries it out; empty if there is none
 	cause       trigger         // of that stop
+	takeover    bool            // the running upgrade is one
+	insisted    bool            // a second stop came while the first was pending
+	abortable   *stream         // to the successor of the running upgrade that this process has started and not committed to
+	passedOn    bool            // the pending stop was passed on to the successor
+	order       EventKind       // a stop that the predecessor has passed on, and that is to be carried out; empty if there is none
+	orderCause  trigger         // of that stop
 	stopClients []*net.UnixConn // clients of control sockets that wait for this process's end
+	answered    []*net.UnixConn // of these, those that know of it; their connections end with this process
 	last        Event           // what Wait returns; the zero Event until then
 
 	ready chan struct{} // closed when Ready has succeeded
@@ -114,21 +121,58 @@ func (l *lifecycle) fail() bool {
 }
 
 // beginUpgrade lets one call of Upgrade run.
-func (l *lifecycle) beginUpgrade() error {
+func (l *lifecycle) beginUpgrade(takeover bool) error {
 	if l.phase != serving {
 		return l.phase.refusal()
 	}
-	l.phase = preparing
+	l.phase, l.takeover = preparing, takeover
 	return nil
+}
+
+// mustAbort reports whether a stop ends the running attempt, before COMMIT. A
+// takeover is another unit's upgrade, to which the first stop is consent.
+func (l *lifecycle) mustAbort() bool {
+	return l.pending != "" && (!l.takeover || l.insisted)
 }
 
 // beginHandingOn ends the time in which sockets may be added to an upgrade.
 func (l *lifecycle) beginHandingOn() error {
-	if l.pending != "" {
+	if l.mustAbort() {
 		return ErrStopped
 	}
 	l.phase = upgrading
 	return nil
+}
+
+// beginStart lets a stop abort the successor that is about to be started.
+func (l *lifecycle) beginStart(s *stream) error {
+	if l.mustAbort() {
+		return ErrStopped
+	}
+	l.abortable = s
+	return nil
+}
+
+// commit is the moment after which a stop no longer ends the attempt.
+func (l *lifecycle) commit() error {
+	if l.mustAbort() {
+		return ErrStopped
+	}
+	l.abortable = nil
+	return nil
+}
+
+// resume is the end of an attempt that has failed.
+func (l *lifecycle) resume() {
+	l.phase, l.takeover, l.abortable = serving, false, nil
+}
+
+// takeOrder returns the stop that the predecessor has passed on, if there is
+// one.
+func (l *lifecycle) takeOrder() (kind EventKind, t trigger) {
+	kind, t = l.order, l.orderCause
+	l.order, l.orderCause = "", trigger{}
+	return kind, t
 }
 
 // stop is the transition of a stop: kind is EventStopping or EventPartialStop.
@@ -142,6 +186,7 @@ func (l *lifecycle) stop(kind EventKind, t trigger) (do EventKind, was phase) {
 	case upgraded, stopped:
 		return "", was
 	case readying, preparing, upgrading:
+		l.insisted = l.pending != ""
 		if kind == EventStopping || l.pending == "" {
 			l.pending, l.cause = kind, t
 		}
@@ -160,11 +205,16 @@ func (l *lifecycle) stop(kind EventKind, t trigger) (do EventKind, was phase) {
 	return EventStopping, was
 }
 
+// defersStop reports whether the stop that is pending waits for a takeover.
+func (l *lifecycle) defersStop() bool {
+	return (l.phase == preparing || l.phase == upgrading) && l.takeover && l.pending != "" && !l.insisted
+}
+
 // takePending returns the stop that was left to the running call, if there is
 // one.
 func (l *lifecycle) takePending() (kind EventKind, t trigger) {
 	kind, t = l.pending, l.cause
-	l.pending, l.cause = "", trigger{}
+	l.pending, l.cause, l.insisted = "", trigger{}, false
 	return kind, t
 }
 

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A ListenConfig says how a new socket is made. It is never applied
-// to an inherited one, which stays as it was made. The zero value works.
+// A ListenConfig says how a new socket is made. An inherited one stays as it was
+// made, except for KeepOnStop and Raw. The zero value works.
 type ListenConfig struct {
 	// Control, if not nil, is called with the socket before it is bound, as
 	// in net.ListenConfig.
@@ -30,10 +30,18 @@ type ListenConfig struct {
 	// FreeBSD). macOS, NetBSD and OpenBSD do not spread.
 	ReusePort bool
 	// KeepOnStop lets the socket accept, or read, through a Stop, until the
-	// caller closes it: for health checks that are answered while the process
-	// drains. The setting is handed on with the socket. An upgrade ends it
-	// like any other.
+	// caller closes it, so that health checks are answered while the process
+	// drains. It is also set for an inherited socket. A socket that is looked
+	// up by name keeps the setting that came with it. An upgrade ends such a
+	// socket like any other.
 	KeepOnStop bool
+	// Raw makes ListenPacketWith return net's own *net.UDPConn, for libraries
+	// that insist on it. It is for UDP alone. Such a socket is handed on and
+	// never paused: for a moment both generations read it, and each datagram
+	// is read by one of them. The program starts to read after Ready, and
+	// closes the socket when this process is to end. It is the one exception
+	// to the rule that two generations never receive at once.
+	Raw bool
 }
 
 // Listen is ListenWith with the zero ListenConfig.
@@ -84,7 +92,7 @@ func (u *Upgrader) ListenWith(lc ListenConfig, network, address string) (net.Lis
 
 // listenOrInherit returns the inherited socket for the address, or a new one.
 func (u *Upgrader) listenOrInherit(lc ListenConfig, kind, network, address string) (pausable, error) {
-	asked := askedAddr{network, address}
+	asked := &socketRequest{askedAddr{network, address}, lc.KeepOnStop, lc.Raw}
 	fail := func(a net.Addr, err error) (pausable, error) {
 		return nil, fmt.Errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: network, Addr: a, Err: err})
 	}
@@ -134,6 +142,8 @@ func (lc ListenConfig) check(kind, network, address string) error {
 		return fmt.Errorf("ListenConfig.Mode is %#o; want permission bits alone, such as 0o660", uint32(lc.Mode))
 	case lc.Mode != 0 && (!isUnix || isAbstract(address)):
 		return fmt.Errorf("ListenConfig.Mode is %#o; it is for the files of Unix sockets, and this socket has none", uint32(lc.Mode))
+	case lc.Raw && (isUnix || kind != kindPacket):
+		return fmt.Errorf("ListenConfig.Raw is for UDP; the network is %q", network)
 	case lc.ReusePort && isUnix:
 		return errors.New("ListenConfig.ReusePort is for TCP and UDP; the system has no such thing for Unix sockets")
 	case isUnix && address == "":

@@ -38,11 +38,12 @@ type Options struct {
 	// UpgradeSignals are caught from New until the process exits, so that an
 	// early or late one kills nobody. Wait acts on them.
 	UpgradeSignals []os.Signal
-	// StopSignals are caught while Wait runs and make it stop this process. A
-	// second one, after Wait has returned, kills as usual.
+	// StopSignals make Wait stop this process. They are caught from before the
+	// PID file can name this process, or from the call of Wait if that is
+	// earlier, until Wait returns. After that they kill as usual.
 	StopSignals []os.Signal
-	// PartialStopSignals are caught while Wait runs and end accepting. The
-	// caller finishes what is in flight, then calls Stop.
+	// PartialStopSignals make Wait end accepting, and are caught like
+	// StopSignals. The caller finishes what is in flight, then calls Stop.
 	PartialStopSignals []os.Signal
 
 	// UpgradeSocket, StopSocket and PartialStopSocket are the paths of control
@@ -82,10 +83,18 @@ type Options struct {
 	// writer's, ends the attempt.
 	SendState func(io.Writer) error
 
-	// Notify is called with every Event, on the goroutine that caused it and
-	// with no lock held. Calls may overlap, and may call any method. The
-	// reported step waits until Notify returns, so it must be quick. If that
-	// of a successor takes more than 5 s for EventReady, the upgrade fails.
+	// Notify is called with every Event, with no lock held. Calls may overlap,
+	// and may call any method. The reported step waits until Notify returns, so
+	// it must be quick. What it may hold up depends on the event:
+	//
+	//   - While nobody serves, for EventHandover and EventResumed, it runs on a
+	//     goroutine of its own and has 5 s. After that the upgrade fails, or
+	//     this process resumes all the same.
+	//   - EventReady of a successor has 5 s, too: the predecessor kills the
+	//     successor after that, and resumes.
+	//   - The other events are told on the goroutine that caused them. They
+	//     hold up the call of Upgrade, Stop, Ready or Accept that tells them,
+	//     while this process or its successor serves.
 	Notify func(Event)
 }
 

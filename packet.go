@@ -34,7 +34,39 @@ func (u *Upgrader) ListenPacketWith(lc ListenConfig, network, address string) (n
 	if err != nil {
 		return nil, err
 	}
+	if r, ok := s.(rawUDP); ok {
+		return r.UDPConn, nil
+	}
 	return s.(*packetConn).public(), nil
+}
+
+// A rawUDP is a socket that is handed on and never paused. It is the caller's
+// to close, also at the end.
+type rawUDP struct{ *net.UDPConn }
+
+func (rawUDP) pause()   {}
+func (rawUDP) unpause() {}
+func (rawUDP) detach()  {}
+
+// newRawUDP makes e a socket of net's own. With an error the descriptor is
+// closed.
+func newRawUDP(e *entry) error {
+	c, err := fileConn(e.moveOut())
+	if err != nil {
+		return err
+	}
+	u, ok := c.(*net.UDPConn)
+	if !ok {
+		c.Close()
+		return net.UnknownNetworkError(c.LocalAddr().Network())
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		c.Close()
+		return err
+	}
+	e.raw, e.sock = raw, rawUDP{u}
+	return nil
 }
 
 // netPacketConn is what *net.UDPConn and *net.UnixConn have in common.
@@ -159,10 +191,9 @@ func (r packetRaw) Read(f func(fd uintptr) bool) error {
 // net.PacketConn with all the methods of the embedded one, and a program that
 // reads through its SyscallConn waits as well.
 //
-// Code that insists on a *net.UDPConn may take the embedded one after Ready.
-// Its methods do not wait: its reads fail with os.ErrDeadlineExceeded when
-// the upgrade is handed over, and must be tried again should it fail; a
-// deadline for reading must not be set on it.
+// Code that insists on a *net.UDPConn gets one by ListenConfig.Raw. The embedded
+// one is not for reading: its reads fail when an upgrade is handed over, and a
+// deadline that is set on it makes a handover fail.
 type UDPConn struct {
 	*net.UDPConn
 	p *packetConn

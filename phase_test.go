@@ -159,12 +159,8 @@ func TestPhases(t *testing.T) {
 	p.call("stop")
 	p.call("awaitexit")
 	p.hasEvents(ecdysis.EventUpgrading, ecdysis.EventHandover, ecdysis.EventUpgraded)
-	s.serves()
-
-	s2 := s.upgrade()
-	s2.inherits(p)
-	s2.serves()
-	s2.call("stop")
+	checkErr(t, s.call("upgrade").Err, "", "ErrStopped") // the stop was passed on
+	s2 := s
 	s2.call("stop")
 	s2.inPhase("ErrStopped", "ErrStopped", "context deadline", "ErrStopped")
 	s2.hasEvents(ecdysis.EventStopping)
@@ -458,8 +454,8 @@ func TestHooksStop(t *testing.T) {
 	}
 }
 
-// A successor that is stopped by its own hook, after the old one has given
-// its word, gives the sockets back.
+// A successor that is stopped by its own hook, after COMMIT, is the service: it
+// ends, and the predecessor does not come back.
 func TestSuccessorStopsInHook(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
@@ -468,17 +464,12 @@ func TestSuccessorStopsInHook(t *testing.T) {
 	p := h.serving()
 	l := startLoad(t, 1, true, p.list()...)
 	l.more(10)
-	m := p.begin(command{Verb: "upgrade"})()
-	if m.Err == nil || m.Err.Step != "handover" || !strings.Contains(m.Err.Text, ecdysis.ErrStopped.Error()) {
-		t.Fatalf("error %+v; want that the successor was stopped", m.Err)
-	}
-	reaped(t, h.proc().pid)
-	p.serves()
-	p.hasPIDFile()
-	h.hasFiles("pid", "sock")
-	p.upgrade().serves()
-	l.more(10)
 	l.check()
+	if m := p.begin(command{Verb: "upgrade"})(); m.Err != nil {
+		t.Fatalf("upgrade: %+v", m.Err)
+	}
+	h.proc().ended()
+	h.hasFiles()
 }
 
 func TestPrepareVeto(t *testing.T) {

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -150,7 +151,7 @@ func (p *predecessor) awaitCommit(unclaimed []string, mustStop func() bool) (orp
 		case err != nil:
 			return false, fmt.Errorf("ecdysis: ready: %w", err)
 		case f.kind == frameAbort:
-			return false, ErrAborted
+			return false, aborted(f)
 		case f.kind == frameCommit:
 			p.standby.Store(f.first("probation") != "0")
 			return false, nil
@@ -195,15 +196,63 @@ func (u *Upgrader) WaitForParent(ctx context.Context) error {
 		u.handle(f, err)
 		return err != nil
 	})
+	u.obey()
 	if err != nil {
 		return fmt.Errorf("ecdysis: wait for parent: %w", err)
 	}
 	return nil
 }
 
+// watch returns when the predecessor has no say any more, or ctx is done. It
+// carries out a stop that the predecessor has passed on.
+func (u *Upgrader) watch(ctx context.Context) {
+	if u.first() {
+		return
+	}
+	_ = u.pred.s.wait(ctx, u.pred.final, u.handle)
+	u.obey()
+}
+
+// obey carries out a stop that the predecessor has passed on.
+func (u *Upgrader) obey() {
+	u.mu.Lock()
+	kind, t := u.life.takeOrder()
+	u.mu.Unlock()
+	if kind != "" {
+		u.stop(kind, t)
+	}
+}
+
+// stopRecord and stopOrder are how a stop is passed on.
+func stopRecord(kind EventKind, t trigger) record {
+	r := record{"kind=" + string(kind), "socket=" + t.socket}
+	if s, ok := t.signal.(syscall.Signal); ok {
+		r = append(r, "signal="+strconv.Itoa(int(s)))
+	}
+	return r
+}
+
+func stopOrder(f frame) (kind EventKind, t trigger) {
+	kind = EventStopping
+	if f.first("kind") == string(EventPartialStop) {
+		kind = EventPartialStop
+	}
+	t = trigger{socket: f.first("socket"), passedOn: true}
+	if n, err := strconv.Atoi(f.first("signal")); err == nil {
+		t.signal = syscall.Signal(n)
+	}
+	return kind, t
+}
+
 // handle takes what the predecessor sends after this process is ready. It
 // reports whether the predecessor has no say any more.
 func (u *Upgrader) handle(f frame, err error) bool {
+	if err == nil && f.kind == frameStop {
+		u.mu.Lock()
+		u.life.order, u.life.orderCause = stopOrder(f)
+		u.mu.Unlock()
+		return false
+	}
 	final := u.pred.handleFinal(f, err)
 	if final {
 		u.removeDropped()

@@ -49,6 +49,7 @@ func (u *Upgrader) Ready() error {
 
 // becomeServing brings this process from readying to serving.
 func (u *Upgrader) becomeServing() error {
+	u.catchStops() // before the PID file can name this process
 	pidFile, err := writePIDFile(u.opts.PIDFile)
 	if err != nil {
 		return fmt.Errorf("ecdysis: ready: %w", err)
@@ -71,9 +72,12 @@ func (u *Upgrader) becomeServing() error {
 		event.Err = err // it is too late to fail, because nobody else serves
 	}
 	u.notify(event)
-	if u.mustStop() {
+	if u.first() && u.mustStop() {
 		return ErrStopped
 	}
+	// A successor that was committed to is the service. A stop that has come
+	// since ends it when Ready has done its work: if this process failed now,
+	// the predecessor would resume, and the stop would be lost.
 	switch {
 	case orphan:
 		u.handle(frame{}, io.EOF)
@@ -95,9 +99,11 @@ func (u *Upgrader) becomeServing() error {
 
 // notReady ends a call of Ready that has failed.
 func (u *Upgrader) notReady(err error) error {
+	u.takeSignals()
 	u.mu.Lock()
 	u.life.readyFailed(u.first())
 	u.mu.Unlock()
+	u.releaseStops()
 	if !u.first() {
 		u.pred.s.sendFail(err)
 	}

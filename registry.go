@@ -148,7 +148,7 @@ func (r *registry) takeBare(kind, name string) *entry {
 		e = takeFirst(r.byNames, nameKey(kind, name))
 	}
 	if e == nil {
-		if i := slices.IndexFunc(r.entries, func(e *entry) bool { return same(e) && e.sock == nil }); i >= 0 {
+		if i := slices.IndexFunc(r.entries, func(e *entry) bool { return same(e) && e.isBare() }); i >= 0 {
 			e = r.entries[i]
 			r.remove(e)
 		}
@@ -259,8 +259,8 @@ func (r *registry) remove(e *entry) {
 }
 
 // claim registers what find finds in the inheritance, and returns its socket.
-// It returns nil if find finds nothing.
-func (u *Upgrader) claim(asked askedAddr, find func(*registry) *entry) (pausable, error) {
+// It returns nil if find finds nothing. A nil asked is a request by name.
+func (u *Upgrader) claim(asked *socketRequest, find func(*registry) *entry) (pausable, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if err := u.life.mayAdd(); err != nil {
@@ -273,17 +273,27 @@ func (u *Upgrader) claim(asked askedAddr, find func(*registry) *entry) (pausable
 	return u.register(asked, e)
 }
 
+// A socketRequest is what a call of Listen or ListenPacket asks for.
+type socketRequest struct {
+	askedAddr
+	keep bool // ListenConfig.KeepOnStop
+	raw  bool // ListenConfig.Raw
+}
+
 // register makes e a socket that is handed on, and opens it if this process
-// serves. The words of asked, if there are any, become those it was asked for
-// with. u.mu is held.
-func (u *Upgrader) register(asked askedAddr, e *entry) (pausable, error) {
-	if asked != (askedAddr{}) {
-		e.network, e.address = asked.network, asked.address
+// serves. What asked says, if it is not nil, replaces what came with e. u.mu is
+// held.
+func (u *Upgrader) register(asked *socketRequest, e *entry) (pausable, error) {
+	if asked != nil {
+		e.network, e.address, e.keep = asked.network, asked.address, asked.keep
 	}
 	var err error
-	if e.kind == kindPacket {
+	switch {
+	case asked != nil && asked.raw:
+		err = newRawUDP(e)
+	case e.kind == kindPacket:
 		err = newPacketConn(u, e)
-	} else {
+	default:
 		err = newListener(u, e)
 	}
 	if err != nil {

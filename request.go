@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -15,53 +16,96 @@ import (
 
 // The client of a control socket.
 
-// Request asks the process that serves a control socket for what the socket is
-// for, and waits until it is done. The socket is one of Options.UpgradeSocket,
-// StopSocket and PartialStopSocket. Request returns a line such as
-// "pid=1234 generation=2": the successor that serves, or the process that has
-// stopped. The connection itself is the request, so that what is done is not
-// undone when ctx ends. Request works in any program of the same user or root,
-// with or without an Upgrader.
-//
-// The error has the reason that the process gives, as text. Otherwise it wraps
-// ctx's error, io.ErrUnexpectedEOF if the process ended without an answer, or a
-// *net.OpError if no process listens there (syscall.ENOENT,
-// syscall.ECONNREFUSED) or this user may not connect (os.ErrPermission).
-func Request(ctx context.Context, path string) (string, error) {
-	line, err := request(ctx, path)
-	if err != nil {
-		return "", fmt.Errorf("ecdysis: request at %q: %w", path, err)
-	}
-	return line, nil
+// A Reply is the answer of the process that serves a control socket.
+type Reply struct {
+	PID        int // of the successor that serves, or of the process that stops
+	Generation int // of that process
 }
 
-func request(ctx context.Context, path string) (string, error) {
+// String returns "pid=1234 generation=2".
+func (r Reply) String() string {
+	return "pid=" + strconv.Itoa(r.PID) + " generation=" + strconv.Itoa(r.Generation)
+}
+
+// Request asks the process that serves a control socket for what the socket is
+// for, and waits until it is done. The socket is one of Options.UpgradeSocket,
+// StopSocket and PartialStopSocket. An upgrade is done when the successor
+// serves. A stop is done when the process has exited, so that a script that
+// stops a service waits until its clients are served. The connection itself is
+// the request: what is done is not undone when ctx ends. Request works in any
+// program of the same user or root, with or without an Upgrader.
+//
+// If ctx ends after a stop was answered and before the process has exited,
+// Request returns the Reply and an error that wraps ctx's. Otherwise the Reply
+// of an error is zero. The error has the reason that the process gives, as text,
+// or it wraps ctx's error, io.ErrUnexpectedEOF if the process ended without an
+// answer, or a *net.OpError if no process listens there (syscall.ENOENT,
+// syscall.ECONNREFUSED) or this user may not connect (os.ErrPermission).
+//
+// Between units that take over from each other, stop by signals: the socket is
+// served by the newest process.
+func Request(ctx context.Context, path string) (Reply, error) {
+	r, err := request(ctx, path)
+	if err != nil {
+		return r, fmt.Errorf("ecdysis: request at %q: %w", path, err)
+	}
+	return r, nil
+}
+
+func request(ctx context.Context, path string) (Reply, error) {
 	c, err := dialControl(ctx, path)
 	if err != nil {
-		return "", err
+		return Reply{}, err
 	}
 	defer c.Close()
 	stop := context.AfterFunc(ctx, func() { _ = c.SetReadDeadline(past) })
 	defer stop()
-	b, err := io.ReadAll(io.LimitReader(c, maxFrame))
+	b, err := io.ReadAll(io.LimitReader(c, maxFrame)) // its end is that of the process, if that stops
+	if ctx.Err() != nil {
+		b = append(b, unread(c)...) // the answer may have come in the same moment
+	}
 	line, _, whole := strings.Cut(string(b), "\n")
 	switch {
 	case whole:
 	case ctx.Err() != nil:
-		return "", ctx.Err()
+		return Reply{}, ctx.Err()
 	case err == nil || errors.Is(err, unix.ECONNRESET):
-		return "", fmt.Errorf("the process there has ended, or does not serve the socket, without an answer: %w", io.ErrUnexpectedEOF)
+		return Reply{}, fmt.Errorf("the process there has ended, or does not serve the socket, without an answer: %w", io.ErrUnexpectedEOF)
 	default:
-		return "", err
+		return Reply{}, err
 	}
-	if text, ok := strings.CutPrefix(line, "ok "); ok {
-		return text, nil
+	if text, ok := strings.CutPrefix(line, "error: "); ok {
+		return Reply{}, errors.New(text)
 	}
-	text, ok := strings.CutPrefix(line, "error: ")
+	r, ok := parseReply(line)
 	if !ok {
-		return "", fmt.Errorf("it answers %q, which no control socket does", line)
+		return Reply{}, fmt.Errorf("it answers %q, which no control socket does", line)
 	}
-	return "", errors.New(text)
+	if err != nil && ctx.Err() != nil {
+		return r, ctx.Err()
+	}
+	return r, nil
+}
+
+// unread returns what has come and was not read.
+func unread(c *net.UnixConn) (b []byte) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	_ = raw.Control(func(fd uintptr) {
+		b = make([]byte, 4<<10)
+		n, _ := unix.Read(int(fd), b)
+		b = b[:max(n, 0)]
+	})
+	return b
+}
+
+func parseReply(line string) (r Reply, ok bool) {
+	rec := record(strings.Split(line, " "))
+	pid, err1 := strconv.Atoi(rec.get("pid"))
+	generation, err2 := strconv.Atoi(rec.get("generation"))
+	return Reply{pid, generation}, rec[0] == "ok" && err1 == nil && err2 == nil
 }
 
 // dialControl connects to a Unix socket. An error of the system is a

@@ -11,9 +11,13 @@ import "os"
 // the channel that Exit returns. The connections are the caller's to finish.
 // Just after Ready it may wait some seconds for the predecessor to step aside.
 //
-// A Stop during an upgrade ends the upgrade, unless the successor is about to
-// serve: then this process is replaced. Stop does not wait for that: the
-// call of Upgrade or Ready that runs does the rest before it returns.
+// A Stop during an upgrade is an order for the service, and not only for this
+// process. Before the successor is committed to, Stop tells it not to serve, and
+// the upgrade fails. After that, the order is passed on to the successor, which
+// carries it out. Stop does not wait for either: the call of Upgrade or Ready
+// that runs does the rest before it returns. A process that takes over is not
+// given the order; see EventStopDeferred.
+//
 // During the probation that the predecessor gives this process, Stop tells the
 // predecessor not to come back. A second Stop, and one after a successful
 // Upgrade, does nothing.
@@ -27,7 +31,14 @@ func (u *Upgrader) stop(kind EventKind, t trigger) {
 	}
 	u.mu.Lock()
 	do, was := u.life.stop(kind, t)
+	abort, deferred := u.life.abortable, do == "" && u.life.defersStop()
 	u.mu.Unlock()
+	switch {
+	case do == "" && abort != nil:
+		_ = abort.abort(ErrStopped.Error()) // here, because the caller may exit when this returns
+	case deferred:
+		u.notify(u.ownEvent(t, EventStopDeferred))
+	}
 	switch do {
 	case EventStopping:
 		u.stopWholly(t, was)
@@ -111,6 +122,7 @@ func (u *Upgrader) ownEvent(t trigger, kind EventKind) Event {
 
 // mustStop reports whether a stop waits for the running Ready or Upgrade.
 func (u *Upgrader) mustStop() bool {
+	u.takeSignals()
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return u.life.pending != ""
@@ -134,11 +146,12 @@ func (u *Upgrader) end(e Event) {
 	for _, c := range u.controls {
 		c.finish()
 	}
+	u.releaseStops()
 	u.mu.Lock()
 	clients, first := u.life.end(e)
 	u.mu.Unlock()
 	for _, c := range clients {
-		answer(c, outcome(e))
+		u.answerStop(c, e)
 	}
 	if first {
 		close(u.life.ended)

@@ -359,9 +359,21 @@ func (s *stream) write(b, oob []byte) (n int, err error) {
 // abort tells the successor that it was given up. Buffer space is reserved so
 // that ABORT fits even if the successor has read nothing. Without it, the
 // end of the stream that follows would mean that this process has died.
-func (s *stream) abort() error {
+func (s *stream) abort(reason string) error {
 	_ = s.raw.Control(func(fd uintptr) { useReserve(int(fd)) })
-	return s.send(frameAbort, nil, nil)
+	return s.send(frameAbort, []record{{"reason=" + reason[:min(len(reason), maxAbortReason)]}}, nil)
+}
+
+// maxAbortReason is how much of a reason ABORT has room for, in bytes.
+const maxAbortReason = 1024
+
+// aborted returns the error that a predecessor's ABORT means.
+func aborted(f frame) error {
+	reason := f.first("reason")
+	if reason == "" {
+		return ErrAborted
+	}
+	return fmt.Errorf("%w: %s", ErrAborted, reason)
 }
 
 func (s *stream) sendFail(reason error) {

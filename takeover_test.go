@@ -1106,7 +1106,7 @@ func TestTakerTalksNonsense(t *testing.T) {
 	}
 }
 
-// A Stop of the old one ends a takeover.
+// A second stop of the old process ends a takeover. The first one is consent.
 func TestTakenStops(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
@@ -1115,9 +1115,12 @@ func TestTakenStops(t *testing.T) {
 	n := h.start()
 	n.at("new")
 	p.begin(command{Verb: "stop"})
+	p.event(ecdysis.EventStopDeferred, 0)
+	p.serves()
+	p.begin(command{Verb: "stop"})
 	p.ended()
 	p.hasFailed(0, "init", "stopped")
-	p.hasEvents(ecdysis.EventUpgrading, ecdysis.EventUpgradeFailed, ecdysis.EventStopping)
+	p.hasEvents(ecdysis.EventUpgrading, ecdysis.EventStopDeferred, ecdysis.EventUpgradeFailed, ecdysis.EventStopping)
 	h.hasFiles()
 	n.resume()
 	n.at("ready failed").Err.says(t, "ErrAborted")

@@ -49,6 +49,7 @@ func (u *Upgrader) beginUpgrade(t trigger) error {
 		return u.life.phase.refusal()
 	}
 	independent := u.awaitIndependence()
+	u.obey()
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.life.phase != serving {
@@ -60,7 +61,7 @@ func (u *Upgrader) beginUpgrade(t trigger) error {
 	if n, limit := u.reg.forgetGone(), u.opts.MaxDraining; limit > 0 && n > limit {
 		return fmt.Errorf("%w: %d are alive, and Options.MaxDraining is %d", ErrDraining, n, limit)
 	}
-	return u.life.beginUpgrade()
+	return u.life.beginUpgrade(t.taker != nil)
 }
 
 // A stage is how far an attempt has come. What has to be undone depends on it.
@@ -144,6 +145,9 @@ func (u *Upgrader) attempt(t trigger) error {
 	}()
 	u.notify(a.event(EventUpgrading))
 	err := a.run()
+	if err != nil && a.mustAbort() {
+		err = ErrStopped // the successor may have obeyed ABORT before this process has looked
+	}
 	returned = true
 	if err != nil {
 		err = a.fail(err)
@@ -300,11 +304,12 @@ func (a *attempt) handOver() error {
 		return err
 	}
 	a.stage = stageHandover
-	u.notify(a.event(EventHandover))
-	if u.mustStop() {
-		return ErrStopped
+	if err := u.notifyWithin(a.event(EventHandover), a.mustAbort); err != nil {
+		return err
 	}
-	a.stage = stageCommitted
+	if err := a.commit(); err != nil {
+		return err
+	}
 	probation := strconv.FormatInt(int64(u.opts.Probation), 10)
 	if err := a.s.send(frameCommit, []record{{"probation=" + probation}}, nil); err != nil {
 		return gone(err)
@@ -327,7 +332,27 @@ func (a *attempt) handOver() error {
 	return nil
 }
 
-// standBy watches the successor for the time of its probation.
+// commit passes the point after which only the successor's end lets this
+// process serve again.
+func (a *attempt) commit() error {
+	a.u.mu.Lock()
+	defer a.u.mu.Unlock()
+	if err := a.u.life.commit(); err != nil {
+		return err
+	}
+	a.stage = stageCommitted
+	return nil
+}
+
+// mustAbort reports whether a stop ends the attempt.
+func (a *attempt) mustAbort() bool {
+	a.u.takeSignals()
+	a.u.mu.Lock()
+	defer a.u.mu.Unlock()
+	return a.stage < stageCommitted && a.u.life.mustAbort()
+}
+
+// standBy watches the successor for the time of its probation. A stop ends it.
 func (a *attempt) standBy() error {
 	u := a.u
 	for end := time.Now().Add(u.opts.Probation); ; {
@@ -362,15 +387,10 @@ func (a *attempt) finish() error {
 	if a.ended() && !a.saidBye() {
 		return io.ErrUnexpectedEOF
 	}
-	if err := a.s.send(frameFinal, nil, nil); err != nil && !a.saidBye() {
-		return gone(err)
+	a.u.takeSignals()
+	if err := a.conclude(); err != nil {
+		return err
 	}
-	u := a.u
-	u.mu.Lock()
-	u.life.phase = upgraded
-	u.successor = a.s
-	u.reg.entries, u.reg.ancestors, u.reg.adopted = nil, nil, nil
-	u.mu.Unlock()
 	for _, e := range a.handed {
 		if slices.Contains(a.unclaimed, e.path) {
 			e.removeFile()
@@ -379,6 +399,25 @@ func (a *attempt) finish() error {
 	}
 	a.child.release()
 	a.releaseReadyProcess()
+	return nil
+}
+
+// conclude sends FINAL, and before it a stop that has come since COMMIT. From
+// then on a stop is for the successor, and this process is replaced.
+func (a *attempt) conclude() error {
+	u := a.u
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	passOn := u.life.pending != "" && a.taker == nil
+	if passOn {
+		_ = a.s.send(frameStop, []record{stopRecord(u.life.pending, u.life.cause)}, nil)
+	}
+	if err := a.s.send(frameFinal, nil, nil); err != nil && !a.saidBye() {
+		return gone(err)
+	}
+	u.life.phase, u.life.passedOn = upgraded, passOn
+	u.successor = a.s
+	u.reg.entries, u.reg.ancestors, u.reg.adopted = nil, nil, nil
 	return nil
 }
 
@@ -408,7 +447,7 @@ func (a *attempt) await(deadline time.Time) (frame, error) {
 			}
 			return f, io.ErrUnexpectedEOF
 		}
-		if a.stage < stageCommitted && a.u.mustStop() {
+		if a.mustAbort() {
 			return f, ErrStopped
 		}
 		if !deadline.IsZero() && !time.Now().Before(deadline) {

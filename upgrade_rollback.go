@@ -36,7 +36,7 @@ func (a *attempt) fail(err error) error {
 	if a.stage >= stageHandover {
 		e := a.event(EventResumed)
 		e.PID, e.Generation = os.Getpid(), u.generation
-		u.notify(e)
+		_ = u.notifyWithin(e, u.mustStop) // resuming goes on without it
 	}
 	return ue
 }
@@ -66,7 +66,7 @@ func (a *attempt) resume() {
 			e.unpause()
 		}
 	}
-	u.life.phase = serving
+	u.life.resume()
 	u.mu.Unlock()
 	for _, e := range closed {
 		e.removeFile()
@@ -77,7 +77,7 @@ func (a *attempt) resume() {
 // ended, or nil if that is not known.
 func (a *attempt) end(cause error) *os.ProcessState {
 	committed := a.stage >= stageCommitted
-	err := a.s.abort()
+	err := a.s.abort(cause.Error())
 	if a.taker != nil && !committed && err != errAgain {
 		a.child.release()
 		return nil // it is told, and is not this process's to end

@@ -26,6 +26,13 @@ func (a *attempt) startChild(cmd *Command) error {
 	if err := a.fill(); err != nil {
 		return err
 	}
+	u := a.u
+	u.mu.Lock()
+	err = u.life.beginStart(a.s)
+	u.mu.Unlock()
+	if err != nil {
+		return err
+	}
 	env := "pid=" + strconv.Itoa(os.Getpid()) + " uid=" + strconv.Itoa(os.Geteuid())
 	a.child, err = startChild(cmd, fds[1], env)
 	return err
@@ -144,7 +151,7 @@ func (a *attempt) handOn(deadline time.Time) error {
 			if a.child.exited(5 * time.Millisecond) {
 				return io.ErrUnexpectedEOF
 			}
-			if a.u.mustStop() {
+			if a.mustAbort() {
 				return ErrStopped
 			}
 			if time.Now().After(deadline) {

@@ -1,6 +1,7 @@
 package ecdysis
 
 import (
+	"context"
 	"net"
 	"os"
 	"os/signal"
@@ -15,11 +16,13 @@ type trigger struct {
 	socket string        // the path of a control socket
 	conn   *net.UnixConn // its client, which waits for a line; nil if there is none, or if it is among lifecycle.stopClients
 	taker  *stream       // its client, which takes over; nil if a successor is to be started
+
+	passedOn bool // by the predecessor
 }
 
 // event returns an event that t has caused.
 func (t trigger) event(kind EventKind) Event {
-	return Event{Kind: kind, Signal: t.signal, Socket: t.socket}
+	return Event{Kind: kind, Signal: t.signal, Socket: t.socket, PassedOn: t.passedOn}
 }
 
 // refuse tells the client of a control socket that the upgrade has failed.
@@ -44,20 +47,16 @@ func (t trigger) refuse(err error) {
 // A failed upgrade is reported to Options.Notify, and Wait goes on. A trigger
 // that comes during an upgrade is reported with ErrInProgress. One that comes
 // before Ready waits for it. If Options names no triggers, Wait waits for a call
-// of Upgrade or Stop. Of several calls of Wait each gets the signals to stop,
-// and one of them each other trigger.
+// of Upgrade or Stop. Of several calls of Wait one gets each trigger, and all
+// return.
+//
+// Wait also carries out a stop that the predecessor has passed on: one that came
+// to it while this process was taking its place. Without a call of Wait, the next
+// call of Upgrade or WaitForParent does.
 func (u *Upgrader) Wait() Event {
-	stops := make(chan os.Signal, 1)
-	partials := make(chan os.Signal, 1)
-	if len(u.opts.StopSignals) > 0 {
-		signal.Notify(stops, u.opts.StopSignals...)
-		defer signal.Stop(stops)
-	}
-	if len(u.opts.PartialStopSignals) > 0 {
-		signal.Notify(partials, u.opts.PartialStopSignals...)
-		defer signal.Stop(partials)
-	}
+	u.catchStops()
 	var running sync.WaitGroup // what was started here and has not ended
+	ctx, cancel := context.WithCancel(context.Background())
 	for _, c := range u.controls {
 		if c.serving.TryLock() {
 			running.Go(func() {
@@ -72,6 +71,7 @@ func (u *Upgrader) Wait() Event {
 		select {
 		case <-ready:
 			ready, upgrades = nil, u.signals
+			running.Go(func() { u.watch(ctx) })
 		case s := <-upgrades:
 			running.Go(func() {
 				t := trigger{signal: s}
@@ -81,15 +81,53 @@ func (u *Upgrader) Wait() Event {
 				}
 				_ = u.attempt(t) // its events tell
 			})
-		case s := <-stops:
+		case s := <-u.stops:
 			u.stop(EventStopping, trigger{signal: s})
-		case s := <-partials:
+		case s := <-u.partialStops:
 			u.stop(EventPartialStop, trigger{signal: s})
 		case <-u.life.ended:
+			cancel()
 			running.Wait()
 			u.mu.Lock()
 			defer u.mu.Unlock()
 			return u.life.last
+		}
+	}
+}
+
+// catchStops keeps the signals that stop this process for Wait.
+func (u *Upgrader) catchStops() {
+	u.mu.Lock()
+	ended := u.life.last.Kind != ""
+	u.mu.Unlock()
+	if ended {
+		return
+	}
+	if len(u.opts.StopSignals) > 0 {
+		signal.Notify(u.stops, u.opts.StopSignals...)
+	}
+	if len(u.opts.PartialStopSignals) > 0 {
+		signal.Notify(u.partialStops, u.opts.PartialStopSignals...)
+	}
+}
+
+// releaseStops lets these signals do what they do by default.
+func (u *Upgrader) releaseStops() {
+	signal.Stop(u.stops)
+	signal.Stop(u.partialStops)
+}
+
+// takeSignals carries out stops that have come by signals and that no call of
+// Wait has seen yet.
+func (u *Upgrader) takeSignals() {
+	for {
+		select {
+		case s := <-u.stops:
+			u.stop(EventStopping, trigger{signal: s})
+		case s := <-u.partialStops:
+			u.stop(EventPartialStop, trigger{signal: s})
+		default:
+			return
 		}
 	}
 }

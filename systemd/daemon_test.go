@@ -65,11 +65,11 @@ func daemonMain() {
 	log.SetFlags(0)
 	c := readConf()
 	if len(os.Args) == 2 && os.Args[1] == "-upgrade" {
-		line, err := ecdysis.Request(context.Background(), c.get("control"))
+		reply, err := ecdysis.Request(context.Background(), c.get("control"))
 		if err != nil {
 			log.Fatal(err)
 		}
-		fmt.Println("ok", line)
+		fmt.Println("ok", reply)
 		return
 	}
 	opts := ecdysis.Options{

@@ -80,9 +80,9 @@ func ask() error {
 	if *askUpgrade && *askStop || *control == "" || flag.NArg() > 0 {
 		return errors.New("want -control with a directory, one of -upgrade and -stop, and no arguments; see echod -h")
 	}
-	line, err := ecdysis.Request(context.Background(), socket(name))
+	reply, err := ecdysis.Request(context.Background(), socket(name))
 	if err == nil {
-		fmt.Println("ok", line)
+		fmt.Println("ok", reply)
 	}
 	return err
 }

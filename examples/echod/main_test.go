@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -352,10 +353,15 @@ func TestPartialStop(t *testing.T) {
 			d.signal(pid, syscall.SIGUSR1)
 		}},
 		{"socket \\S+/partial-stop", func(d *daemon, pid int) {
-			got, err := ecdysis.Request(t.Context(), filepath.Join(d.control, "partial-stop"))
-			if want := fmt.Sprintf("pid=%d generation=1", pid); got != want || err != nil {
-				t.Errorf("request: %q, %v; want %q", got, err, want)
-			}
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				got, err := ecdysis.Request(context.Background(), filepath.Join(d.control, "partial-stop"))
+				if want := (ecdysis.Reply{PID: pid, Generation: 1}); got != want || err != nil {
+					t.Errorf("request: %q, %v; want %q", got, err, want)
+				}
+			}()
+			t.Cleanup(func() { <-done }) // the process has exited
 		}},
 	} {
 		t.Run(strings.Fields(c.by)[0], func(t *testing.T) {

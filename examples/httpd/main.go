@@ -58,9 +58,9 @@ func main() {
 
 func run() error {
 	if *request != "" {
-		line, err := ecdysis.Request(context.Background(), *request)
+		reply, err := ecdysis.Request(context.Background(), *request)
 		if err == nil {
-			fmt.Println("ok", line)
+			fmt.Println("ok", reply)
 		}
 		return err
 	}
