@@ -326,13 +326,23 @@ func TestUpgradeAndStopBySocket(t *testing.T) {
 
 	held = d.dial("unix", d.unix)
 	d.echo(held, "before the stop\n")
-	if got := d.ask("-stop", 0); got != line(second, 1) {
-		t.Fatalf("echod -stop prints %q; want %q", got, line(second, 1))
-	}
-	d.refuses()
+	done := make(chan struct{})
+	go func() { // it waits until the last client is served
+		defer close(done)
+		if got := d.ask("-stop", 0); got != line(second, 1) {
+			t.Errorf("echod -stop prints %q; want %q", got, line(second, 1))
+		}
+	}()
 	d.await(`stopping by socket ` + d.control + `/stop: pid=` + strconv.Itoa(second))
 	d.echo(held, "after the stop\n")
+	select {
+	case <-done:
+		t.Error("echod -stop has not waited for the last client")
+	default:
+	}
 	held.Close()
+	<-done
+	d.refuses()
 	for range d.lines { // until all have ended
 	}
 	d.leavesNothing()
