@@ -380,11 +380,11 @@ func TestExampleWait(t *testing.T) {
 	}
 	e.CloseStderr()
 	e.Await(`process ` + strconv.Itoa(taker.Process.Pid) + ` serves`)
-	want := fmt.Sprintf("pid=%d generation=2", taker.Process.Pid)
-	if line, err := ecdysis.Request(t.Context(), filepath.Join(e.dir, "partial-stop")); err != nil || line != want {
-		t.Errorf("the partial stop is answered by %q, %v; want %q", line, err, want)
+	want := ecdysis.Reply{PID: taker.Process.Pid, Generation: 2}
+	if got, err := ecdysis.Request(t.Context(), filepath.Join(e.dir, "partial-stop")); err != nil || got != want {
+		t.Errorf("the partial stop is answered by %v, %v; want %v", got, err, want)
 	}
-	e.Await("stopping: " + want)
+	e.Await("stopping: " + want.String())
 	if err := taker.Wait(); err != nil {
 		t.Errorf("the one that takes over ends with %v", err)
 	}
