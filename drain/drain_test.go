@@ -20,7 +20,7 @@ func TestShutdown(t *testing.T) {
 	t.Parallel()
 	eachWay(t, func(t *testing.T, w way) {
 		var srv drain.Server
-		ln := listen(t, w.network)
+		ln := &observed{Listener: listen(t, w.network), closed: make(chan struct{})}
 		result := w.start(&srv, ln, answer)
 		c, quick := w.dial(t, ln.Addr()), w.dial(t, ln.Addr())
 		for _, c := range []net.Conn{c, quick} {
@@ -37,14 +37,8 @@ func TestShutdown(t *testing.T) {
 
 		down := make(chan error, 1)
 		go func() { down <- srv.Shutdown(within(t)) }()
-		<-srv.Draining()
-		for { // until the listener is closed
-			late, err := net.Dial(ln.Addr().Network(), ln.Addr().String())
-			if err != nil {
-				break
-			}
-			late.Close()
-		}
+		receive(t, srv.Draining())
+		receive(t, ln.closed)
 		for range 3 {
 			if err := say(c, "after"); err != nil {
 				t.Fatal(err)
@@ -72,6 +66,17 @@ func TestShutdown(t *testing.T) {
 			t.Errorf("Shutdown called again: %v", err)
 		}
 	})
+}
+
+// An observed listener shows that it was closed.
+type observed struct {
+	net.Listener
+	closed chan struct{}
+}
+
+func (o *observed) Close() error {
+	defer close(o.closed)
+	return o.Listener.Close()
 }
 
 // One server has several listeners, and Shutdown waits for the clients of each.
