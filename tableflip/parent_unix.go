@@ -1,0 +1,279 @@
+//go:build darwin || dragonfly || freebsd || linux || netbsd || openbsd
+
+package tableflip
+
+import (
+	"context"
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/ecdysis-go/ecdysis"
+	"golang.org/x/sys/unix"
+)
+
+const supported = true
+
+// How a process of the other package starts its successor: this variable is
+// set, and the descriptors from 3 on are the write end of a pipe on which the
+// successor says that it is ready, the read end of one on which a list of names
+// comes and that stays open as long as that process lives, and what is named.
+const (
+	parentVar  = "TABLEFLIP_HAS_PARENT_7DIU3"
+	readyByte  = 42
+	readyFD    = 3
+	namesFD    = 4
+	firstNamed = 5
+)
+
+// tellTimeout bounds the wait for a parent that does not read the ready byte,
+// because it is stopped or starved: it serves nobody then.
+const tellTimeout = 5 * time.Second
+
+// passed are the descriptors from readyFD on that this process was started
+// with; nil if no process of the other package has started it, or they were
+// taken. It is found out, and the variable removed, before the program can
+// start another one, which would take them for its own.
+var passed = passedHere()
+
+func passedHere() []int {
+	if os.Getenv(parentVar) == "" {
+		return nil
+	}
+	_ = os.Unsetenv(parentVar) // fails for no name like this
+	// The other package leaves the variable to every program that its
+	// processes start. These have no such pipes.
+	if !isPipe(readyFD, unix.O_WRONLY) || !isPipe(namesFD, unix.O_RDONLY) {
+		return nil
+	}
+	var fds []int
+	for fd := readyFD; ; fd++ {
+		// What the Go runtime has opened is close-on-exec.
+		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+		if err != nil || flags&unix.FD_CLOEXEC != 0 {
+			return fds
+		}
+		unix.CloseOnExec(fd)
+		fds = append(fds, fd)
+	}
+}
+
+// isPipe reports whether a descriptor that was passed is an end of a pipe.
+func isPipe(fd, mode int) bool {
+	var st unix.Stat_t
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+	if err != nil || flags&unix.FD_CLOEXEC != 0 || unix.Fstat(fd, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFIFO {
+		return false
+	}
+	flags, err = unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	return err == nil && flags&unix.O_ACCMODE == mode
+}
+
+// A parent is a process of the other package that has started this one.
+type parent struct {
+	ready *os.File // on which it is told
+	alive *os.File // which ends when it exits
+	turn  chan struct{}
+	named []named
+}
+
+// A named is a descriptor that it hands on.
+type named struct {
+	key
+	file *os.File
+}
+
+// openParent returns the process of the other package that has started this
+// one, with what it hands on; nil if there is none, or it was returned before.
+func openParent(deadline time.Time) (*parent, error) {
+	if passed == nil {
+		return nil, nil
+	}
+	fds := passed
+	passed = nil
+	for _, fd := range fds[:firstNamed-readyFD] { // so that deadlines work
+		if err := unix.SetNonblock(fd, true); err != nil {
+			return nil, os.NewSyscallError("fcntl", err)
+		}
+	}
+	p := &parent{
+		ready: os.NewFile(readyFD, "to the parent"),
+		alive: os.NewFile(namesFD, "from the parent"),
+		turn:  make(chan struct{}, 1),
+	}
+	fds = fds[firstNamed-readyFD:]
+	names, err := p.readNames(deadline)
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		// It has died before it has said what it hands on. Its sockets are
+		// here, and package ecdysis finds them by their addresses.
+		names, err = nil, nil
+		for _, fd := range fds {
+			names = append(names, []string{kindListener, "descriptor", strconv.Itoa(fd)})
+		}
+	}
+	if err == nil && len(names) > len(fds) {
+		err = fmt.Errorf("it hands on %d descriptors, and %d have come", len(names), len(fds))
+	}
+	if err != nil {
+		p.close()
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		return nil, fmt.Errorf("the tableflip process that has started this one: %w", err)
+	}
+	for i, fd := range fds {
+		if i >= len(names) { // not handed on, but left inheritable on purpose
+			_, _ = unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0)
+			continue
+		}
+		var k [3]string
+		copy(k[:], names[i])
+		n := named{key: key{k[0], k[1], k[2]}}
+		n.file = os.NewFile(uintptr(fd), n.name())
+		p.named = append(p.named, n)
+	}
+	return p, nil
+}
+
+func (p *parent) readNames(deadline time.Time) (names [][]string, err error) {
+	if err := p.alive.SetReadDeadline(deadline); err != nil {
+		return nil, err
+	}
+	if err := gob.NewDecoder(p.alive).Decode(&names); err != nil {
+		return nil, fmt.Errorf("the names of what it hands on: %w", err)
+	}
+	return names, p.alive.SetReadDeadline(time.Time{})
+}
+
+// addTo makes what is handed on the core's.
+func (p *parent) addTo(u *ecdysis.Upgrader) error {
+	for _, n := range p.named {
+		if err := n.addTo(u); err != nil {
+			return fmt.Errorf("what the tableflip process hands on: %w", err)
+		}
+	}
+	return nil
+}
+
+func (n named) addTo(u *ecdysis.Upgrader) error {
+	if n.kind == kindConn {
+		// What net has no connections for is added as a file.
+		if c, err := net.FileConn(n.file); err == nil {
+			defer c.Close()
+			if err := u.AddConn(n.name(), c); err == nil {
+				return nil
+			}
+		}
+	}
+	return u.AddFile(n.name(), n.file)
+}
+
+// closeFiles closes the descriptors, of which the core has copies.
+func (p *parent) closeFiles() {
+	for _, n := range p.named {
+		n.file.Close()
+	}
+}
+
+func (p *parent) close() {
+	p.ready.Close()
+	p.alive.Close()
+}
+
+// tell tells the parent that this process serves, and returns when the parent
+// has heard it or has died. Nothing can fail here: a parent that has given this
+// process up has killed it.
+func (p *parent) tell() {
+	defer p.ready.Close()
+	if _, err := p.ready.Write([]byte{readyByte}); err != nil {
+		return // it has died
+	}
+	raw, err := p.ready.SyscallConn()
+	if err != nil || p.ready.SetWriteDeadline(time.Now().Add(tellTimeout)) != nil {
+		return
+	}
+	// It closes its end when it has read the byte.
+	_ = raw.Write(func(fd uintptr) bool { return hungUp(fd, unix.POLLOUT) })
+}
+
+// hungUp reports whether nobody has the other end of a pipe.
+func hungUp(fd uintptr, events int16) bool {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
+	for {
+		_, err := unix.Poll(fds, 0)
+		if err != unix.EINTR {
+			return err != nil || fds[0].Revents&(unix.POLLHUP|unix.POLLERR|unix.POLLNVAL) != 0
+		}
+	}
+}
+
+// wait waits until the parent has exited.
+func (p *parent) wait(ctx context.Context) error {
+	select {
+	case p.turn <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-p.turn }()
+	stop := context.AfterFunc(ctx, func() { _ = p.alive.SetReadDeadline(past) })
+	defer stop()
+	var b [64]byte
+	for {
+		_, err := p.alive.Read(b[:])
+		switch {
+		case err == nil: // it says nothing that matters
+		case !errors.Is(err, os.ErrDeadlineExceeded): // io.EOF, or os.ErrClosed after an earlier one
+			p.forget()
+			return nil
+		case ctx.Err() != nil:
+			return ctx.Err()
+		default: // that of a context that has ended an earlier call
+			_ = p.alive.SetReadDeadline(time.Time{})
+		}
+	}
+}
+
+// gone reports whether the parent has exited.
+func (p *parent) gone() bool {
+	gone := false
+	raw, err := p.alive.SyscallConn()
+	if err == nil {
+		err = raw.Control(func(fd uintptr) { gone = hungUp(fd, unix.POLLIN) })
+	}
+	if gone {
+		p.forget()
+	}
+	return gone || err != nil // wait has closed it
+}
+
+// forget closes what tells of the parent's end.
+func (p *parent) forget() { p.alive.Close() }
+
+// duplicate returns a copy of a descriptor.
+func duplicate(c syscall.Conn, name string) (*os.File, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var n int
+	cerr := raw.Control(func(fd uintptr) {
+		for {
+			if n, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0); err != unix.EINTR {
+				return
+			}
+		}
+	})
+	if cerr != nil {
+		return nil, cerr
+	}
+	if err != nil {
+		return nil, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
+	}
+	return os.NewFile(uintptr(n), name), nil
+}

@@ -1,0 +1,222 @@
+package tableflip
+
+import (
+	"errors"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/ecdysis-go/ecdysis"
+)
+
+type (
+	rawConn = syscall.RawConn
+	conn    = syscall.Conn
+)
+
+// past is a deadline that has passed.
+var past = time.Unix(1, 0)
+
+// A coreListener is what the core returns for a listening socket. A
+// *net.TCPListener and a *net.UnixListener are ones, too.
+type coreListener interface {
+	net.Listener
+	syscall.Conn
+	SetDeadline(time.Time) error
+}
+
+// A listener is what Listen returns. Closing it ends accepting here, and leaves
+// the socket with the core, so that it is handed on.
+type listener struct {
+	f *Fds
+
+	mu       sync.Mutex
+	ln       coreListener
+	detached bool // ln is net's, and no longer handed on
+	closed   bool
+}
+
+var (
+	_ Listener     = (*listener)(nil)
+	_ coreListener = (*listener)(nil)
+)
+
+func (l *listener) current() (ln coreListener, closed bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.ln, l.closed
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	for {
+		ln, closed := l.current()
+		if closed {
+			return nil, l.errClosed("accept")
+		}
+		c, err := ln.Accept()
+		if err == nil {
+			if tc, ok := c.(*net.TCPConn); ok {
+				l.f.keepAlive(tc)
+			}
+			return c, nil
+		}
+		now, closed := l.current()
+		if closed {
+			return nil, l.errClosed("accept")
+		}
+		if now == ln {
+			return nil, err
+		}
+	}
+}
+
+// keepAlive applies the settings of the ListenConfig; those of net's zero one
+// are there already.
+func (f *Fds) keepAlive(c *net.TCPConn) {
+	switch cfg := f.lc.KeepAliveConfig; {
+	case cfg.Enable:
+		_ = c.SetKeepAliveConfig(cfg)
+	case f.lc.KeepAlive < 0:
+		_ = c.SetKeepAlive(false)
+	case f.lc.KeepAlive > 0:
+		_ = c.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: f.lc.KeepAlive})
+	}
+}
+
+func (l *listener) errClosed(op string) error {
+	a := l.Addr()
+	return &net.OpError{Op: op, Net: a.Network(), Addr: a, Err: net.ErrClosed}
+}
+
+func (l *listener) Addr() net.Addr {
+	ln, _ := l.current()
+	return ln.Addr()
+}
+
+func (l *listener) SyscallConn() (syscall.RawConn, error) {
+	ln, closed := l.current()
+	if closed {
+		return nil, l.errClosed("raw-control")
+	}
+	return ln.SyscallConn()
+}
+
+// File returns a copy of the socket, as that of a *net.TCPListener does.
+func (l *listener) File() (*os.File, error) {
+	ln, closed := l.current()
+	if closed {
+		return nil, l.errClosed("file")
+	}
+	return duplicate(ln, ln.Addr().String())
+}
+
+func (l *listener) SetDeadline(t time.Time) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		a := l.ln.Addr()
+		return &net.OpError{Op: "set", Net: a.Network(), Addr: a, Err: net.ErrClosed}
+	}
+	return l.ln.SetDeadline(t)
+}
+
+func (l *listener) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		a := l.ln.Addr()
+		return &net.OpError{Op: "close", Net: a.Network(), Addr: a, Err: net.ErrClosed}
+	}
+	l.closed = true
+	if l.detached {
+		return l.ln.Close()
+	}
+	_ = l.ln.SetDeadline(past) // fails only if nobody accepts any more
+	return nil
+}
+
+// detach takes the socket from the core, since another one is handed on in its
+// place. It goes on accepting until it is closed.
+func (l *listener) detach() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	old := l.ln
+	if l.detached {
+		return
+	}
+	if file, err := duplicate(old, ""); err == nil && !l.closed {
+		if ln, err := net.FileListener(file); err == nil {
+			if u, ok := ln.(*net.UnixListener); ok {
+				u.SetUnlinkOnClose(false)
+			}
+			l.ln, l.detached = ln.(coreListener), true
+		}
+		file.Close()
+	}
+	old.Close()
+}
+
+// A corePacketConn is what the core returns for a socket for packets.
+type corePacketConn interface {
+	net.PacketConn
+	syscall.Conn
+}
+
+// A packetConn is a socket for packets that the program has and the core hands
+// on.
+type packetConn struct {
+	f      *Fds
+	k      key
+	core   corePacketConn
+	closed bool // guarded by f.mu
+}
+
+// A udpConn is what ListenPacket returns for UDP.
+type udpConn struct {
+	*ecdysis.UDPConn
+	p *packetConn
+}
+
+// A unixgramConn is what ListenPacket returns for "unixgram".
+type unixgramConn struct {
+	*ecdysis.UnixgramConn
+	p *packetConn
+}
+
+var (
+	_ PacketConn = (*udpConn)(nil)
+	_ PacketConn = (*unixgramConn)(nil)
+)
+
+// Close closes the socket, and leaves a copy with the core, so that it is
+// handed on.
+func (c *udpConn) Close() error { return c.p.close() }
+
+// Close closes the socket, and leaves a copy with the core, so that it is
+// handed on.
+func (c *unixgramConn) Close() error { return c.p.close() }
+
+func (p *packetConn) close() error {
+	f := p.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if p.closed || !slices.Contains(f.packets[p.k], p) {
+		return p.core.Close()
+	}
+	p.closed = true
+	f.held[p.k] = true
+	if !f.frozen {
+		if err := f.addCopy(p.k, p.core); !errors.Is(err, ecdysis.ErrInProgress) {
+			return p.core.Close() // an error but this one says that nothing is handed on any more
+		}
+	}
+	// The successor may still have to get its copy.
+	f.later = append(f.later, func() {
+		_ = f.addCopy(p.k, p.core)
+		_ = p.core.Close()
+	})
+	return p.core.SetDeadline(past)
+}

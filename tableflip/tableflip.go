@@ -1,0 +1,284 @@
+// Package tableflip has the exported API of github.com/cloudflare/tableflip,
+// and works by package ecdysis. A program moves by its import path:
+//
+//	import "github.com/ecdysis-go/ecdysis/tableflip"
+//
+// A process that runs with that other package can start this program as its
+// upgrade: New takes what it hands on, Ready tells it, and no client notices.
+// From then on upgrades are this package's. A program that calls package
+// ecdysis directly uses [Inherit] for that.
+//
+// The API is kept, and some of its behaviour is stricter, because it would lose
+// clients otherwise: two generations never accept at once, so Accept waits
+// until Ready has succeeded; a listener is not a *net.TCPListener; and nothing
+// can be added while an upgrade runs. docs/from-tableflip.md has the whole
+// table, and says how to go on to package ecdysis itself.
+//
+// The package works on the systems of package ecdysis. On others New returns
+// [ErrNotSupported], and the stubs in package testing work.
+package tableflip
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"syscall"
+	"time"
+
+	"github.com/ecdysis-go/ecdysis"
+)
+
+// DefaultUpgradeTimeout is the time that a successor has to become ready if
+// Options.UpgradeTimeout is zero or negative.
+const DefaultUpgradeTimeout time.Duration = time.Minute
+
+// ErrNotSupported is returned, wrapped or not, on systems where a process
+// cannot be replaced.
+var ErrNotSupported = errors.New("tableflip: this system does not support graceful restart")
+
+var errParentAlive = errors.New("tableflip: the parent hasn't exited")
+
+// Options configures an Upgrader. The zero value works.
+type Options struct {
+	// UpgradeTimeout is the time that a successor has until it is ready.
+	// After it the successor is killed, and this process serves on. Zero and
+	// negative values mean DefaultUpgradeTimeout.
+	UpgradeTimeout time.Duration
+	// PIDFile is a file that Ready writes the process ID to, and that Stop
+	// removes if it still names this process. Empty means none.
+	PIDFile string
+	// ListenConfig says how new sockets are made: by its Control, and with its
+	// settings of keep-alive. Nil means the zero one.
+	ListenConfig *net.ListenConfig
+}
+
+// A Listener is a net.Listener that can be handed on.
+type Listener interface {
+	net.Listener
+	syscall.Conn
+}
+
+// A PacketConn is a net.PacketConn that can be handed on.
+type PacketConn interface {
+	net.PacketConn
+	syscall.Conn
+}
+
+// A Conn is a net.Conn that can be handed on.
+type Conn interface {
+	net.Conn
+	syscall.Conn
+}
+
+// An Upgrader replaces this process by its successor, and hands on what its
+// Fds hold. Its methods may be called from several goroutines at once.
+type Upgrader struct {
+	*Fds
+	core   *ecdysis.Upgrader
+	parent *parent       // a process of the other package that has started this one; nil if there is none
+	ready  chan struct{} // closed when Ready has succeeded
+}
+
+// New returns this process's Upgrader, with what the process that has started
+// this one hands on. Only the first call that succeeds does; those after it
+// fail.
+func New(opts Options) (*Upgrader, error) {
+	if !supported {
+		return nil, fmt.Errorf("tableflip: new: %w", ErrNotSupported)
+	}
+	u := &Upgrader{ready: make(chan struct{})}
+	o := ecdysis.Options{
+		UpgradeTimeout: max(opts.UpgradeTimeout, 0),
+		PIDFile:        opts.PIDFile,
+		Prepare:        u.prepare,
+		Notify:         u.notify,
+	}
+	u.Fds = newFds(opts.ListenConfig)
+	var err error
+	if u.core, u.parent, err = inherit(o); err != nil {
+		return nil, fmt.Errorf("tableflip: new: %w", err)
+	}
+	u.Fds.core = u.core
+	return u, nil
+}
+
+// Inherit is [ecdysis.New] for a program whose running version uses
+// github.com/cloudflare/tableflip. If such a process has started this one,
+// the Upgrader has what that process hands on, as if AddFile and AddConn had
+// brought it here; otherwise Inherit does what New does.
+//
+// The sockets are found by Listen and ListenPacket under their addresses. All
+// is found by its name, too: "listener tcp :80" and "packet udp :53" by
+// Listener and PacketConn, "conn tcp 192.0.2.1:80" by Conn, and what was added
+// as a file by File, under its own name. The tableflip process is told when
+// this one becomes ready, after Options.Notify has returned from EventReady
+// and before this process accepts. It goes on accepting for a moment, as it
+// always did.
+//
+// To package ecdysis this is the first process of a chain: WaitForParent does
+// not wait for the tableflip process, a Unix socket's file is not removed on a
+// stop, and what nobody has asked for is handed on, as after
+// [ecdysis.Upgrader.AddFile].
+func Inherit(opts ecdysis.Options) (*ecdysis.Upgrader, error) {
+	u, p, err := inherit(opts)
+	if err != nil {
+		return nil, fmt.Errorf("tableflip: inherit: %w", err)
+	}
+	if p != nil {
+		p.forget()
+	}
+	return u, nil
+}
+
+func inherit(opts ecdysis.Options) (*ecdysis.Upgrader, *parent, error) {
+	timeout := opts.UpgradeTimeout
+	if timeout <= 0 {
+		timeout = DefaultUpgradeTimeout
+	}
+	p, err := openParent(time.Now().Add(timeout))
+	if err != nil {
+		return nil, nil, err
+	}
+	if p != nil {
+		next := opts.Notify
+		opts.Notify = func(e ecdysis.Event) {
+			if next != nil {
+				next(e)
+			}
+			if e.Kind == ecdysis.EventReady {
+				p.tell()
+			}
+		}
+	}
+	u, err := ecdysis.New(opts)
+	if p == nil {
+		return u, nil, err
+	}
+	if err == nil {
+		err = p.addTo(u)
+	}
+	p.closeFiles()
+	if err != nil {
+		p.close()
+		return nil, nil, err
+	}
+	return u, p, nil
+}
+
+// Ready tells the process that has started this one that it can serve, writes
+// the PID file, and closes what was handed on and not asked for. When it
+// returns nil this process is the one that serves: the listeners here accept.
+// It returns nil, too, if the other process has died meanwhile.
+func (u *Upgrader) Ready() error {
+	defer u.Fds.catchUp()
+	if u.parent != nil { // what is the core's own it closes by itself
+		if err := u.Fds.dropUnclaimed(); err != nil {
+			return fmt.Errorf("tableflip: ready: %w", err)
+		}
+	}
+	if err := u.core.Ready(); err != nil {
+		return fmt.Errorf("tableflip: ready: %w", err)
+	}
+	if u.Fds.becomeReady() {
+		close(u.ready)
+	}
+	return nil
+}
+
+// Exit returns a channel that is closed when this process has been replaced or
+// stopped, and should exit.
+func (u *Upgrader) Exit() <-chan struct{} { return u.core.Exit() }
+
+// HasParent reports whether another process has started this one to be its
+// successor.
+func (u *Upgrader) HasParent() bool { return u.parent != nil || u.core.HasParent() }
+
+// Upgrade starts the successor, and returns nil when that has taken over.
+// Otherwise the error says why it did not, and this process serves on. An
+// upgrade is refused before Ready, while another one runs, and while the process
+// that has started this one is still there.
+func (u *Upgrader) Upgrade() error {
+	defer u.Fds.catchUp()
+	if err := u.core.Upgrade(); err != nil {
+		return fmt.Errorf("tableflip: upgrade: %w", err)
+	}
+	return nil
+}
+
+// Stop ends this process's service: an upgrade that runs is given up, and Exit
+// is closed. Unless this process has been replaced, the files of its Unix
+// sockets are removed.
+func (u *Upgrader) Stop() { u.core.Stop() }
+
+// WaitForParent waits until the process that has started this one has exited,
+// or until ctx is done, whose error it returns. It does not return before Ready
+// has succeeded. If there is no such process, it returns nil at once.
+func (u *Upgrader) WaitForParent(ctx context.Context) error {
+	if !u.HasParent() {
+		return nil
+	}
+	select {
+	case <-u.ready:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if u.parent != nil {
+		return u.parent.wait(ctx)
+	}
+	err := u.core.WaitForParent(ctx)
+	if err != nil && ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return err
+}
+
+// prepare refuses an upgrade while the parent is alive, and lets nothing be
+// added until it is over.
+func (u *Upgrader) prepare(*ecdysis.Command) error {
+	if !u.parentGone() {
+		return errParentAlive
+	}
+	u.Fds.freeze()
+	return nil
+}
+
+// parentGone reports whether the process that has started this one has exited.
+// It looks several times at a process of this package, because a look may come
+// to nothing on a busy machine.
+func (u *Upgrader) parentGone() bool {
+	if u.parent != nil {
+		return u.parent.gone()
+	}
+	for range 3 {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+		err := u.WaitForParent(ctx)
+		cancel()
+		if err == nil {
+			return true
+		}
+	}
+	return false
+}
+
+func (u *Upgrader) notify(e ecdysis.Event) {
+	switch e.Kind {
+	case ecdysis.EventReady:
+		for _, label := range e.Unclaimed {
+			u.Fds.noteDropped(label)
+		}
+	case ecdysis.EventStopping:
+		if !u.HasParent() || closed(u.ready) {
+			u.Fds.unlink()
+		}
+	}
+}
+
+func closed(ch <-chan struct{}) bool {
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
+	}
+}

@@ -1,0 +1,70 @@
+package tableflip
+
+import (
+	"testing"
+
+	"github.com/ecdysis-go/ecdysis"
+)
+
+// TestNames keeps the names in package ecdysis, by which the next version finds
+// what this one hands on.
+func TestNames(t *testing.T) {
+	seen := make(map[string]key)
+	for _, c := range []struct {
+		key  key
+		name string
+	}{
+		{key{kindListener, "tcp", ":80"}, "listener tcp :80"},
+		{key{kindListener, "unix", "/a path/s"}, "listener unix /a path/s"},
+		{key{kindListener, "tcp", ""}, "listener tcp "},
+		{key{kindPacket, "udp", "[::]:53"}, "packet udp [::]:53"},
+		{key{kindConn, "tcp", "192.0.2.1:80"}, "conn tcp 192.0.2.1:80"},
+		{key{kindFile, "lock", ""}, "lock"},
+		{key{kindFile, "a file", ""}, "a file"},
+		{key{kindFile, "listener", ""}, "listener"},
+		{key{kindFile, "listener tcp :80", ""}, "fd listener tcp :80"},
+		{key{kindFile, "fd a", ""}, "fd fd a"},
+		{key{kindFile, "fd", ""}, "fd"},
+		{key{kindFile, "", ""}, "fd "},
+	} {
+		if got := c.key.name(); got != c.name {
+			t.Errorf("the name of %q is %q; want %q", c.key, got, c.name)
+		}
+		if got := keyOf(c.name); got != c.key {
+			t.Errorf("%q is the name of %q; want %q", c.name, got, c.key)
+		}
+		if k, ok := seen[c.name]; ok {
+			t.Errorf("%q is the name of %q and of %q", c.name, k, c.key)
+		}
+		seen[c.name] = c.key
+	}
+}
+
+func FuzzNames(f *testing.F) {
+	f.Add("lock")
+	f.Add("fd ")
+	f.Add("conn tcp :80")
+	f.Fuzz(func(t *testing.T, name string) {
+		k := key{kindFile, name, ""}
+		if got := keyOf(k.name()); got != k {
+			t.Errorf("%q is the name of %q; want %q", k.name(), got, k)
+		}
+	})
+}
+
+func ExampleInherit() {
+	// The running version uses github.com/cloudflare/tableflip, or this one.
+	u, err := Inherit(ecdysis.Options{})
+	if err != nil {
+		panic(err)
+	}
+	ln, err := u.Listen("tcp", "localhost:8080")
+	if err != nil {
+		panic(u.Fail(err))
+	}
+	if err := u.Ready(); err != nil {
+		panic(err)
+	}
+	_ = ln // to accept on until Wait returns
+	u.Wait()
+}
