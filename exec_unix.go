@@ -32,7 +32,7 @@ func arg0() string {
 // A child is the successor: the process that Upgrade has started, or one that
 // takes over.
 type child struct {
-	pid  int         // 0: the system does not name it, and nothing is known of it
+	pid  int         // 0: the system does not name it
 	proc *os.Process // nil likewise
 	watch
 	sibling bool // it is not this process's own child: its status is another's
@@ -48,10 +48,14 @@ func foundChild(pid int) *child {
 	return c
 }
 
+// watched reports whether the system lets this process see c exit. If not, the
+// stream is all that is known of c.
+func (c *child) watched() bool { return c.pid != 0 && !c.watch.refused }
+
 // exited waits at most d for c to exit, and reports whether it is known to
 // have.
 func (c *child) exited(d time.Duration) bool {
-	if c.pid == 0 {
+	if !c.watched() {
 		time.Sleep(d)
 		return false
 	}
@@ -201,13 +205,18 @@ func inherits(fd int) bool {
 	return err == nil && flags&unix.FD_CLOEXEC == 0
 }
 
-// kill ends c. A process that has ended is no error.
+// kill ends c. A process that has ended is no error. A child of this process
+// that was not reaped can be named by its number; of another process the number
+// may be that of a third by now.
 func (c *child) kill() error {
 	if c.pid == 0 {
 		return errors.New("the system does not name the process")
 	}
 	if done, err := c.watch.kill(); done {
 		return err
+	}
+	if c.sibling {
+		return errors.New("the process is no child of this one, and the system has no other name for it than its number")
 	}
 	if err := c.proc.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err

@@ -66,6 +66,8 @@ type watch struct {
 	kq   int
 	own  int  // the child that wait4 is asked for; 0: none
 	gone bool // it has exited
+
+	refused bool // the system refuses, and the process is no child
 }
 
 func (w *watch) prepare(attr *syscall.ProcAttr, sibling bool) error {
@@ -83,9 +85,8 @@ func (w *watch) begin(pid int) {
 	}
 }
 
-// find begins to watch a process that is not a child. If the system refuses,
-// exited reports nothing, and its stream tells of its end.
-func (w *watch) find(pid int) { w.register(pid) }
+// find begins to watch a process that is not a child.
+func (w *watch) find(pid int) { w.refused = !w.register(pid) }
 
 func (w *watch) register(pid int) bool {
 	w.kq = -1

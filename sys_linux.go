@@ -64,8 +64,11 @@ func senderOf(m *unix.SocketControlMessage) int {
 }
 
 // A watch tells when a process exits, by a pidfd (pidfd_open(2)), or by
-// waitid(2) on kernels before 5.3, whose children alone can be watched.
-type watch struct{ pid, pidfd int }
+// waitid(2) where there is none and the process is a child.
+type watch struct {
+	pid, pidfd int
+	refused    bool // there is none, and the process is no child
+}
 
 func (w *watch) prepare(attr *syscall.ProcAttr, sibling bool) error {
 	w.pidfd = -1
@@ -81,12 +84,15 @@ func (w *watch) begin(pid int) { w.pid = pid }
 // find begins to watch a process that is not a child.
 func (w *watch) find(pid int) {
 	w.pid = pid
-	fd, err := unix.PidfdOpen(pid, 0)
-	if err != nil { // it has ended, or the kernel is older than 5.3
-		fd = -1
+	fd, err := pidfdOpen(pid, 0)
+	if err != nil { // it has ended, or the kernel is older than 5.3 or forbids it
+		fd, w.refused = -1, err != unix.ESRCH
 	}
 	w.pidfd = fd
 }
+
+// pidfdOpen is pidfd_open(2). A test puts another answer in its place.
+var pidfdOpen = unix.PidfdOpen
 
 // exited waits at most d for the process to exit, and reports whether it has.
 func (w *watch) exited(d time.Duration) bool {

@@ -459,7 +459,7 @@ func (a *attempt) await(deadline time.Time) (frame, error) {
 // ended reports whether the successor is gone, even if a process that it left
 // behind holds its end of the stream open.
 func (a *attempt) ended() bool {
-	if a.child.pid == 0 { // the stream is all that can be seen of it
+	if !a.child.watched() { // the stream is all that can be seen of it
 		return a.s.atEnd()
 	}
 	if !a.child.exited(0) {
