@@ -4,7 +4,9 @@
 // started. An upgrade changes the process that serves; the keeper stays, and
 // passes on what is meant for it.
 //
-// It is for Linux. Under systemd it is not needed.
+// It is for Linux. Under systemd it is not needed. Under an init process, as
+// with docker run --init, it is: that ends with its first child, and the
+// container with it.
 package keeper
 
 import "fmt"

@@ -145,7 +145,7 @@ func (k *kept) generation() *os.Process {
 	if err != nil {
 		k.T.Fatal(err)
 	}
-	for _, child := range children(k.c.pid()) {
+	for _, child := range descendants(k.c.pid()) {
 		status, _ := os.ReadFile("/proc/" + child + "/status")
 		if strings.Contains(string(status), "\nNSpid:\t"+child+"\t"+strings.TrimSpace(string(named))+"\n") {
 			pid, _ := strconv.Atoi(child)
@@ -156,8 +156,17 @@ func (k *kept) generation() *os.Process {
 			return p
 		}
 	}
-	k.T.Fatalf("no child of PID 1 is process %s", named)
+	k.T.Fatalf("no descendant of PID 1 is process %s", named)
 	return nil
+}
+
+// descendants lists the children of a process, and theirs.
+func descendants(pid int) (list []string) {
+	for _, child := range children(pid) {
+		n, _ := strconv.Atoi(child)
+		list = append(append(list, child), descendants(n)...)
+	}
+	return list
 }
 
 // children lists the children of a process.
