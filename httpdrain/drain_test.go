@@ -899,6 +899,25 @@ func TestMisuse(t *testing.T) {
 			serve(u, u.d.Listener(listen(t)))
 			serve(u, u.ln)
 		}, "not of Drainer.Listener"},
+		"Handler": {func(u *use) {
+			h := u.srv.Handler
+			u.srv.ConnContext = func(ctx context.Context, _ net.Conn) context.Context {
+				u.srv.Handler = h // Serve has begun
+				return ctx
+			}
+			u.d = httpdrain.New(u.srv)
+			serve(u, u.d.Listener(u.ln))
+		}, "Handler was replaced"},
+		"ConnState": {func(u *use) {
+			u.d = httpdrain.New(u.srv)
+			u.srv.ConnState = func(net.Conn, http.ConnState) {}
+			serve(u, u.d.Listener(u.ln))
+		}, "ConnState was replaced"},
+		"ConnContext": {func(u *use) {
+			u.d = httpdrain.New(u.srv)
+			u.srv.ConnContext = func(ctx context.Context, _ net.Conn) context.Context { return ctx }
+			serve(u, u.d.Listener(u.ln))
+		}, "before New"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -931,6 +950,18 @@ func TestMisuse(t *testing.T) {
 				t.Errorf("Shutdown: %v; want %q", err, c.want)
 			}
 		})
+	}
+}
+
+// A program whose Handler is not the Drainer's learns it when it begins to serve.
+func TestHandlerReplaced(t *testing.T) {
+	t.Parallel()
+	srv := new(http.Server)
+	d := httpdrain.New(srv)
+	srv.Handler = ok
+	err := srv.Serve(d.Listener(listen(t)))
+	if !errors.Is(err, httpdrain.ErrMisused) || !strings.Contains(err.Error(), "Handler was replaced") {
+		t.Errorf("Serve: %v; want ErrMisused", err)
 	}
 }
 

@@ -39,6 +39,7 @@ const (
 	roleVar  = "HTTPDRAIN_TEST_ROLE" // for a server: how it ends, one of the ends
 	graceVar = "HTTPDRAIN_TEST_GRACE"
 	certVar  = "HTTPDRAIN_TEST_CERT" // path of the certificate; the key is beside it
+	h2cVar   = "HTTPDRAIN_TEST_H2C"  // not empty: HTTP/2 without TLS, too
 
 	// patience is how long a test waits for what must happen.
 	patience = 30 * time.Second
@@ -85,6 +86,12 @@ func serverMain(end string) error {
 		return u.Fail(err)
 	}
 	srv := &http.Server{ErrorLog: log.New(os.Stderr, fmt.Sprintf("[%d] ", os.Getpid()), 0)}
+	if os.Getenv(h2cVar) != "" {
+		srv.Protocols = new(http.Protocols)
+		srv.Protocols.SetHTTP1(true)
+		srv.Protocols.SetHTTP2(true)
+		srv.Protocols.SetUnencryptedHTTP2(true)
+	}
 	wrap := func(ln net.Listener) net.Listener { return ln }
 	ending := make(chan struct{})
 	shutdown := srv.Shutdown
@@ -143,6 +150,11 @@ func testHandler(draining func() <-chan struct{}) http.Handler {
 		h := sha256.New()
 		n, err := io.Copy(h, r.Body)
 		fmt.Fprintf(w, "%d %x %v", n, h.Sum(nil), err)
+	})
+	mux.HandleFunc("/once", func(w http.ResponseWriter, r *http.Request) {
+		_, err := io.Copy(io.Discard, r.Body)
+		say("once %s %v", r.URL.RawQuery, err)
+		_, _ = io.WriteString(w, "once "+r.URL.RawQuery)
 	})
 	mux.HandleFunc("/chunked", func(w http.ResponseWriter, r *http.Request) {
 		for i := range chunks {
@@ -210,7 +222,7 @@ type server struct {
 	said          []string // all lines; read once lines is closed
 }
 
-func startServer(t *testing.T, end string, grace time.Duration) *server {
+func startServer(t *testing.T, end string, grace time.Duration, env ...string) *server {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -218,7 +230,7 @@ func startServer(t *testing.T, end string, grace time.Duration) *server {
 	}
 	cert, _ := certificate(t)
 	s := &server{t: t, lines: make(chan string, 10000), cmd: exec.Command(self)}
-	s.cmd.Env = append(os.Environ(), roleVar+"="+end, graceVar+"="+grace.String(), certVar+"="+cert)
+	s.cmd.Env = append(append(os.Environ(), roleVar+"="+end, graceVar+"="+grace.String(), certVar+"="+cert), env...)
 	s.start()
 	m := s.await(`listening (\S+) (\S+)$`)
 	s.plain, s.secure = m[1], m[2]

@@ -2,15 +2,22 @@ package httpdrain_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptrace"
 	"net/textproto"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -41,9 +48,30 @@ func tlsConfig(t *testing.T, path string) *tls.Config {
 	return &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2", "http/1.1"}}
 }
 
-func eachWay(t *testing.T, f func(t *testing.T, way string)) {
+// another is the way of a server whose HTTP/2 is another package's.
+const another = "another"
+
+// anothersHTTP2 is that of another server: a program gets such a one from
+// golang.org/x/net/http2.
+func anothersHTTP2(t *testing.T) map[string]func(*http.Server, *tls.Conn, http.Handler) {
+	t.Helper()
+	srv := new(http.Server)
+	closed := listen(t)
+	closed.Close()
+	_ = srv.Serve(closed) // sets it up
+	if srv.TLSNextProto["h2"] == nil || runtime.Version() >= "go1.27" {
+		t.Skip("this net/http keeps its HTTP/2 to itself, so that there is no other package's without a dependency")
+	}
+	return srv.TLSNextProto
+}
+
+// eachWay calls f for each of the ways, and for more.
+func eachWay(t *testing.T, f func(t *testing.T, way string), more ...string) {
 	t.Parallel()
 	for way := range ways {
+		more = append(more, way)
+	}
+	for _, way := range more {
 		t.Run(way, func(t *testing.T) {
 			t.Parallel()
 			f(t, way)
@@ -60,11 +88,16 @@ func newTLSSite(t *testing.T, way string, grace time.Duration, h http.Handler) *
 		s.srv.Protocols.SetHTTP1(true)
 		s.srv.Protocols.SetUnencryptedHTTP2(true)
 	}
+	serve := ways[way]
+	if way == another {
+		s.srv.TLSNextProto = anothersHTTP2(t)
+		serve = ways["ServeTLS"]
+	}
 	s.d = httpdrain.New(s.srv)
 	s.d.Grace = grace
 	ln := listen(t)
 	s.addr = ln.Addr().String()
-	go func() { s.served <- ways[way](s, cert, ln) }()
+	go func() { s.served <- serve(s, cert, ln) }()
 	t.Cleanup(func() { s.srv.Close() })
 	return s
 }
@@ -104,7 +137,28 @@ func TestTLS(t *testing.T) {
 type frameConn struct {
 	t    *testing.T
 	c    *rawConn
-	away bool // GOAWAY has come
+	last []uint32 // the last stream, as each GOAWAY has named it
+	// These are called with what such a frame holds, if they are not nil.
+	data, settings func(b []byte)
+}
+
+// away reports whether GOAWAY has come.
+func (f *frameConn) away() bool { return len(f.last) > 0 }
+
+// anyStream is the last stream in the GOAWAY that comes before the last one.
+const anyStream = 1<<31 - 1
+
+// wantLast wants the connection to end with one GOAWAY that names no stream,
+// unless it never had a request, and one that names the last.
+func (f *frameConn) wantLast(last uint32) {
+	f.t.Helper()
+	want := []uint32{anyStream, last}
+	if last == 0 {
+		want = want[1:]
+	}
+	if !slices.Equal(f.last, want) {
+		f.t.Errorf("GOAWAY for the streams %d; want %d", f.last, want)
+	}
 }
 
 func (s *site) dialFrames(way string) *frameConn {
@@ -138,7 +192,13 @@ func (f *frameConn) request(stream uint32, path string) {
 // it is 0.
 func (f *frameConn) until(stream uint32) {
 	f.t.Helper()
-	for {
+	f.read(stream, 0)
+}
+
+// read is until, and returns after so many frames of GOAWAY if that is not 0.
+func (f *frameConn) read(stream uint32, aways int) {
+	f.t.Helper()
+	for aways == 0 || len(f.last) < aways {
 		h := make([]byte, 9)
 		_ = f.c.SetDeadline(time.Now().Add(patience))
 		if _, err := io.ReadFull(f.c.r, h); err == io.EOF && stream == 0 {
@@ -150,81 +210,287 @@ func (f *frameConn) until(stream uint32) {
 		if _, err := io.ReadFull(f.c.r, payload); err != nil {
 			f.t.Fatalf("reading a frame: %v", err)
 		}
-		switch kind, flags, on := h[3], h[4], binary.BigEndian.Uint32(h[5:]); {
-		case kind == 7: // GOAWAY
+		switch kind, flags, on := h[3], h[4], binary.BigEndian.Uint32(h[5:]); kind {
+		case 0, 1: // DATA, HEADERS
+			if kind == 0 && f.data != nil {
+				f.data(payload)
+			}
+			if on == stream && stream != 0 && flags&0x1 != 0 { // END_STREAM
+				return
+			}
+		case 3: // RST_STREAM
+			f.t.Fatalf("stream %d was reset", on)
+		case 4: // SETTINGS
+			if f.settings != nil {
+				f.settings(payload)
+			}
+		case 6, 8: // PING, WINDOW_UPDATE
+		case 7: // GOAWAY
 			if code := binary.BigEndian.Uint32(payload[4:]); code != 0 {
 				f.t.Fatalf("GOAWAY with error %d", code)
 			}
-			f.away = true
-		case kind == 3: // RST_STREAM
-			f.t.Fatalf("stream %d was reset", on)
-		case kind <= 1 && on == stream && stream != 0 && flags&0x1 != 0: // DATA or HEADERS with END_STREAM
-			return
+			f.last = append(f.last, binary.BigEndian.Uint32(payload))
+		default:
+			f.t.Fatalf("a frame of type %d", kind)
 		}
 	}
 }
 
-// The answer to a request sends the client away: Shutdown does not wait for the
-// grace. So it is whatever the handler does to answer.
+// answers are the ways in which a handler answers.
+var answers = map[string]func(w http.ResponseWriter){
+	"nothing":     func(w http.ResponseWriter) {},
+	"status":      func(w http.ResponseWriter) { w.WriteHeader(http.StatusNoContent) },
+	"Write":       func(w http.ResponseWriter) { _, _ = w.Write([]byte("ok")) },
+	"WriteString": func(w http.ResponseWriter) { _, _ = w.(io.StringWriter).WriteString("ok") },
+	"Flush":       func(w http.ResponseWriter) { w.(http.Flusher).Flush() },
+	"FlushError":  func(w http.ResponseWriter) { _ = http.NewResponseController(w).Flush() },
+}
+
+// A client is asked to open no more streams. What crosses that is served, and
+// then Shutdown does not wait for the grace. A new client is asked with the
+// answer to its first request, whatever the handler does to answer.
 func TestHTTP2Answer(t *testing.T) {
-	answers := map[string]func(w http.ResponseWriter){
-		"nothing":     func(w http.ResponseWriter) {},
-		"status":      func(w http.ResponseWriter) { w.WriteHeader(http.StatusNoContent) },
-		"Write":       func(w http.ResponseWriter) { _, _ = w.Write([]byte("ok")) },
-		"WriteString": func(w http.ResponseWriter) { _, _ = w.(io.StringWriter).WriteString("ok") },
-		"Flush":       func(w http.ResponseWriter) { w.(http.Flusher).Flush() },
-		"FlushError":  func(w http.ResponseWriter) { _ = http.NewResponseController(w).Flush() },
-	}
 	eachWay(t, func(t *testing.T, way string) {
 		s := newTLSSite(t, way, long, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			answers[r.URL.Path[1:]](w)
 		}))
-		conns := map[string]*frameConn{}
+		conns, fresh := map[string]*frameConn{}, map[string]*frameConn{}
 		for name := range answers {
 			f := s.dialFrames(way)
 			f.request(1, "/"+name)
-			if f.until(1); f.away {
+			if f.until(1); f.away() {
 				t.Error("GOAWAY before Shutdown")
 			}
-			conns[name] = f
+			conns[name], fresh[name] = f, s.dialFrames(way)
 		}
+		s.counts(httpdrain.Counts{Idle: 2 * len(answers)})
 		result := s.shutdown()
+		for name, f := range fresh {
+			f.request(1, "/"+name)
+			if f.until(1); !f.away() {
+				t.Errorf("no GOAWAY before the end of an answer by %s", name)
+			}
+		}
 		for name, f := range conns {
+			f.read(0, 1)
 			f.request(3, "/"+name)
 			f.until(3)
 		}
-		for name, f := range conns {
-			if f.until(0); !f.away {
-				t.Errorf("no GOAWAY with an answer by %s", name)
-			}
+		for name := range answers {
+			conns[name].until(0)
+			conns[name].wantLast(3)
+			fresh[name].until(0)
+			fresh[name].wantLast(1)
 		}
 		s.over(result)
 	})
 }
 
-// A connection on which nothing happens is sent away at the end of its grace,
-// even one that has never sent a request.
+// A connection that has had a request is sent away at once, and one that has
+// not at the end of its grace.
 func TestHTTP2Grace(t *testing.T) {
 	eachWay(t, func(t *testing.T, way string) {
 		const grace = 200 * time.Millisecond
 		s := newTLSSite(t, way, grace, ok)
 		idle, fresh := s.dialFrames(way), s.dialFrames(way)
+		mute := s.dialTLS(way, "h2") // without what a client says first
 		idle.request(1, "/")
 		idle.until(1)
-		s.counts(httpdrain.Counts{Idle: 2})
+		s.counts(httpdrain.Counts{New: 1, Idle: 2})
 		began := time.Now()
 		result := s.shutdown()
 		idle.until(0)
-		if passed := time.Since(began); !idle.away || passed < grace {
-			t.Errorf("closed after %v, with GOAWAY: %v", passed, idle.away)
-		}
+		idle.wantLast(1)
 		fresh.until(0)
-		if !fresh.away && way != "h2c" { // what it speaks has not been told there
-			t.Error("without GOAWAY")
+		if passed := time.Since(began); passed < grace {
+			t.Errorf("closed after %v", passed)
+		}
+		fresh.wantLast(0)
+		_ = mute.SetDeadline(time.Now().Add(patience))
+		if _, err := io.Copy(io.Discard, mute); err != nil {
+			t.Errorf("without a preface: %v", err)
 		}
 		s.over(result)
 	})
 }
+
+// GOAWAY comes between two frames, also while frames are written all the time
+// that are longer than the server's buffer.
+func TestHTTP2Between(t *testing.T) {
+	eachWay(t, func(t *testing.T, way string) {
+		var s *site
+		half := strings.Repeat("0123456789abcdef", 1<<16)
+		s = newTLSSite(t, way, long, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.WriteString(w, half)
+			<-s.d.Draining()
+			_, _ = io.WriteString(w, half)
+		}))
+		f := s.dialFrames(way)
+		got := new(bytes.Buffer)
+		f.data = func(b []byte) { got.Write(b) }
+		f.write(4, 0, 0, binary.BigEndian.AppendUint32([]byte{0, 4}, 1<<30)) // the window of each stream
+		f.write(8, 0, 0, binary.BigEndian.AppendUint32(nil, 1<<30))          // and that of the connection
+		f.request(1, "/")
+		result := make(chan error, 1)
+		go func() {
+			ctx, cancel := context.WithTimeout(context.Background(), patience)
+			defer cancel()
+			result <- s.d.Shutdown(ctx)
+		}()
+		f.until(1)
+		if len(f.last) != 1 || got.String() != half+half {
+			t.Errorf("GOAWAY %d before the end of %d bytes; want one and %d", f.last, got.Len(), 2*len(half))
+		}
+		f.until(0)
+		f.wantLast(1)
+		s.over(result)
+	})
+}
+
+// Who shuts the server down by its own means gets what net/http does.
+func TestHTTP2WithoutDrainer(t *testing.T) {
+	eachWay(t, func(t *testing.T, way string) {
+		s := newTLSSite(t, way, long, ok)
+		f := s.dialFrames(way)
+		f.request(1, "/")
+		f.until(1)
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		result := make(chan error, 1)
+		go func() { result <- s.srv.Shutdown(ctx) }()
+		f.until(0)
+		if !slices.Equal(f.last, []uint32{1}) {
+			t.Errorf("GOAWAY for the streams %d; want 1", f.last)
+		}
+		if err := receive(t, result, "the end of Shutdown"); err != nil {
+			t.Error(err)
+		}
+
+		g := newGate()
+		s = newTLSSite(t, way, long, g)
+		f = s.dialFrames(way)
+		f.request(1, "/")
+		receive(t, g.called, "the handler")
+		if err := s.srv.Close(); err != nil {
+			t.Error(err)
+		}
+		_ = f.c.SetDeadline(time.Now().Add(patience))
+		if _, err := io.Copy(io.Discard, f.c.r); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("after Close: %v", err)
+		}
+		close(g.open)
+	})
+}
+
+// What a handler and the hooks see is the server's, although another one reads
+// the frames.
+func TestHTTP2Context(t *testing.T) {
+	eachWay(t, func(t *testing.T, way string) {
+		type key struct{}
+		var s *site
+		cert, _ := certificate(t)
+		accepted := make(chan net.Conn, 1)
+		states := make(chan string, 20)
+		seen := make(chan string, 1)
+		s = &site{t: t, served: make(chan error, 1), srv: &http.Server{
+			ErrorLog:       discard,
+			MaxHeaderBytes: 1234,
+			Protocols:      new(http.Protocols),
+			ConnContext: func(ctx context.Context, nc net.Conn) context.Context {
+				accepted <- nc
+				return context.WithValue(ctx, key{}, nc)
+			},
+			ConnState: func(nc net.Conn, state http.ConnState) { states <- fmt.Sprintf("%T %v", nc, state) },
+			Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				nc, _ := r.Context().Value(key{}).(net.Conn)
+				seen <- fmt.Sprint(r.Proto, nc == <-accepted, r.Context().Value(http.ServerContextKey) == s.srv,
+					r.Context().Value(http.LocalAddrContextKey).(net.Addr).String() == s.addr, r.RemoteAddr == nc.RemoteAddr().String(),
+					r.TLS != nil && r.TLS.NegotiatedProtocol == "h2")
+			}),
+		}}
+		s.srv.Protocols.SetHTTP2(true)
+		s.srv.Protocols.SetUnencryptedHTTP2(true)
+		s.d = httpdrain.New(s.srv)
+		ln := listen(t)
+		s.addr = ln.Addr().String()
+		go func() { s.served <- ways[way](s, cert, ln) }()
+		t.Cleanup(func() { s.srv.Close() })
+		f := s.dialFrames(way)
+		settings := map[uint16]uint32{}
+		f.settings = func(b []byte) {
+			for ; len(b) > 0; b = b[6:] {
+				settings[binary.BigEndian.Uint16(b)] = binary.BigEndian.Uint32(b[2:])
+			}
+		}
+		f.request(1, "/")
+		f.until(1)
+		if got, want := receive(t, seen, "the handler"), fmt.Sprint("HTTP/2.0", true, true, true, true, way != "h2c"); got != want {
+			t.Errorf("a handler sees %s; want %s", got, want)
+		}
+		if limit := settings[6]; limit < 1234 || limit > 4096 {
+			t.Errorf("MaxHeaderBytes 1234 allows headers of %d bytes", limit)
+		}
+		conn := map[bool]string{false: "*tls.Conn", true: "*net.TCPConn"}[way == "h2c"]
+		f.c.Close()
+		s.over(s.shutdown())
+		for _, want := range []string{"new", "active", "idle", "active", "idle", "closed"} {
+			if got := receive(t, states, "a state"); got != conn+" "+want {
+				t.Errorf("ConnState: %s; want %s %s", got, conn, want)
+			}
+		}
+	})
+}
+
+// Another package's HTTP/2 is left to it: its GOAWAY comes with an answer.
+func TestHTTP2OfAnother(t *testing.T) {
+	t.Parallel()
+	s := newTLSSite(t, another, long, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		answers[r.URL.Path[1:]](w)
+	}))
+	conns := map[string]*frameConn{}
+	for name := range answers {
+		f := s.dialFrames(another)
+		f.request(1, "/"+name)
+		if f.until(1); f.away() {
+			t.Error("GOAWAY before Shutdown")
+		}
+		conns[name] = f
+	}
+	result := s.shutdown()
+	for name, f := range conns {
+		f.request(3, "/"+name)
+		f.until(3)
+	}
+	for name, f := range conns {
+		f.until(0)
+		if !slices.Equal(f.last, []uint32{3}) {
+			t.Errorf("after an answer by %s, GOAWAY for the streams %d; want 3", name, f.last)
+		}
+	}
+	s.over(result)
+}
+
+// A program that has switched HTTP/2 off gets none by a Drainer.
+func TestHTTP2Off(t *testing.T) {
+	t.Parallel()
+	cmd := exec.Command(os.Args[0], "-test.run=^TestHTTP2Off$")
+	if cmd.Env = append(os.Environ(), "GODEBUG=http2server=0", offVar+"=1"); os.Getenv(offVar) == "" {
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
+	s := newTLSSite(t, "ServeTLS", long, ok)
+	tc := tls.Client(s.dial().Conn, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2", "http/1.1"}})
+	if err := tc.Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	if p := tc.ConnectionState().NegotiatedProtocol; p != "http/1.1" {
+		t.Errorf("the server speaks %q", p)
+	}
+}
+
+const offVar = "HTTPDRAIN_TEST_OFF"
 
 // A stream that is open when all else is done is finished.
 func TestHTTP2Active(t *testing.T) {
@@ -247,8 +513,8 @@ func TestHTTP2Active(t *testing.T) {
 		close(g.open)
 		f.until(1)
 		f.until(0)
-		if err := receive(t, result, "the end of Shutdown"); err != nil || !f.away {
-			t.Errorf("%v, GOAWAY %v", err, f.away)
+		if err := receive(t, result, "the end of Shutdown"); err != nil || !f.away() {
+			t.Errorf("%v, GOAWAY %v", err, f.away())
 		}
 	})
 }
@@ -276,16 +542,21 @@ func TestHTTP2Writer(t *testing.T) {
 				t.Error(err)
 			}
 		}))
-		transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, Protocols: new(http.Protocols)}
-		defer transport.CloseIdleConnections()
-		scheme := "https://"
-		if transport.Protocols.SetHTTP2(true); way == "h2c" {
-			scheme = "http://"
-			transport.Protocols.SetHTTP2(false)
-			transport.Protocols.SetUnencryptedHTTP2(true)
-		}
-		var result chan error
-		for _, draining := range []bool{false, true} {
+		conns := []*rawConn{s.dial(), s.dial()}
+		s.counts(httpdrain.Counts{New: 2})
+		result := make(chan error)
+		for i, draining := range []bool{false, true} {
+			transport := &http.Transport{
+				TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+				Protocols:       new(http.Protocols),
+				DialContext:     func(context.Context, string, string) (net.Conn, error) { return conns[i].Conn, nil },
+			}
+			scheme := "https://"
+			if transport.Protocols.SetHTTP2(true); way == "h2c" {
+				scheme = "http://"
+				transport.Protocols.SetHTTP2(false)
+				transport.Protocols.SetUnencryptedHTTP2(true)
+			}
 			if draining {
 				result = s.shutdown()
 			}
@@ -315,7 +586,8 @@ func TestHTTP2Writer(t *testing.T) {
 			if got := fmt.Sprint(early); got != "[103 map[Link:[</style.css>; rel=preload]]]" {
 				t.Errorf("draining %v: before the answer came %s", draining, got)
 			}
+			transport.CloseIdleConnections()
 		}
 		s.over(result)
-	})
+	}, another)
 }

@@ -13,11 +13,15 @@
 //	… // until this process has been replaced or is to stop
 //	err := d.Shutdown(ctx)
 //
-// From the start of Shutdown on, every answer says "Connection: close", or sends
-// GOAWAY over HTTP/2: the client makes its next request on a new connection,
-// which is the next process's. A connection on which nothing is going on is
-// left open for a while, Drainer.Grace, for its client to make the request that
-// is answered so. Only one that stays quiet for all of that time is closed.
+// From the start of Shutdown on, every answer says "Connection: close": the
+// client makes its next request on a new connection, which is the next
+// process's. A connection on which nothing is going on is left open for a while,
+// Drainer.Grace, for its client to make the request that is answered so. Only
+// one that stays quiet for all of that time is closed.
+//
+// Over HTTP/2 the client is sent GOAWAY twice, as RFC 9113, section 6.8, has it.
+// The first one asks it to open no more streams, and those that cross it are
+// served. The last one, which net/http sends, follows a second later.
 //
 // What cannot be promised, by anybody who speaks HTTP:
 //
@@ -25,13 +29,17 @@
 //     client, is lost; so is one whose header is still incomplete then.
 //   - Pipelined requests behind an answer that says close are not read. Their
 //     client has to send them again (RFC 9112, section 9.3.2).
-//   - An HTTP/2 stream that crosses GOAWAY has not been processed, and its client
-//     knows that. It fails if the client cannot send it again.
+//   - An HTTP/2 client that opens a stream a second after it was asked not to has
+//     to send that request again. HAProxy also gives up requests that it has not
+//     sent yet when the first GOAWAY comes, and sends them again if it is told
+//     to: "retry-on conn-failure empty-response".
 //   - A hijacked connection is waited for as long as its handler runs. One whose
 //     handler has returned is the program's own.
 //
 // The package uses the standard library alone, and works with any listener; it
-// is made for those of package ecdysis, but does not import it.
+// is made for those of package ecdysis, but does not import it. It builds on
+// every system. On those that are not Unix a request may be lost that arrives
+// just before the grace of its connection is over.
 package httpdrain
 
 import (
@@ -39,13 +47,11 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -53,9 +59,10 @@ import (
 const DefaultGrace = 5 * time.Second
 
 // ErrMisused is wrapped by the error of a Shutdown that could not see all
-// connections of its server, because New or Listener was not used as it must
-// be. The error says which. The server has been shut down by its own Shutdown,
-// and requests may have been lost.
+// connections or requests of its server, because New or Listener was not used
+// as it must be. The error says which. The server has been shut down by its own
+// Shutdown, and requests may have been lost. Serve returns such an error at
+// once if the Handler was replaced after New.
 var ErrMisused = errors.New("httpdrain: not all connections of the server are known")
 
 // A Drainer ends one http.Server. It is made by New and must not be copied. Its
@@ -72,6 +79,8 @@ type Drainer struct {
 	Grace time.Duration
 
 	srv         *http.Server
+	http2       *http.Server // serves the HTTP/2 connections of srv; nil: srv does
+	configure   sync.Once    // http2
 	handler     http.Handler // srv's own; nil: http.DefaultServeMux
 	connState   func(net.Conn, http.ConnState)
 	connContext func(context.Context, net.Conn) context.Context
@@ -97,12 +106,20 @@ type Drainer struct {
 
 // New returns a Drainer for srv. It wraps srv's Handler, ConnState,
 // ConnContext and BaseContext, which go on working as they are: a handler gets
-// the server's own ResponseWriter, or over HTTP/2 while draining one that has
-// all of its methods. So New is called when srv is configured, and before
-// Serve, ServeTLS or any other call on it; those fields must not be replaced
-// afterwards.
+// the server's own ResponseWriter. So New is called when srv is configured, and
+// before Serve, ServeTLS or any other call on it; those fields must not be
+// replaced afterwards.
 //
-// A Drainer has no goroutine.
+// If srv's TLSNextProto is nil, and HTTP/2 is not switched off, New sets that
+// field, too: HTTP/2 is served by net/http as before, through connections on
+// which the first GOAWAY can be sent. Its settings are srv's, but that
+// SetKeepAlivesEnabled has no effect on it. The HTTP/2 of another package, which
+// has set TLSNextProto, sends its only GOAWAY with the first answer while
+// draining; there a handler gets a ResponseWriter that has all of the methods of
+// net/http's.
+//
+// A Drainer has no goroutine of its own. Shutdown starts one for each HTTP/2
+// connection, which ends when GOAWAY is written or the connection is closed.
 func New(srv *http.Server) *Drainer {
 	d := &Drainer{
 		srv:         srv,
@@ -113,10 +130,11 @@ func New(srv *http.Server) *Drainer {
 		draining:    make(chan struct{}),
 		listeners:   make(map[*listener]struct{}),
 	}
-	srv.Handler = http.HandlerFunc(d.serveHTTP)
+	srv.Handler = handler{d}
 	srv.ConnState = d.connStateHook
 	srv.ConnContext = d.connContextHook
 	srv.BaseContext = d.baseContextHook
+	d.takeHTTP2()
 	return d
 }
 
@@ -153,8 +171,8 @@ func (d *Drainer) Draining() <-chan struct{} { return d.draining }
 // Shutdown closes the listeners, lets every client that is connected make its
 // way to another process, and returns when no connection is left and no handler
 // runs. That takes as long as the handlers that run, Grace if a connection is
-// quiet, and a second or two if there are HTTP/2 connections. srv.Shutdown is a
-// part of it.
+// quiet, and two or three seconds if an HTTP/2 client does not close its
+// connection by itself. srv.Shutdown is a part of it.
 //
 // If ctx ends before that, srv.Shutdown is called at once, which closes what is
 // idle, and the error wraps ctx's and tells what was left. A connection with a
@@ -286,6 +304,9 @@ func (d *Drainer) look(ctx context.Context) (done bool, err error) {
 		done = done && l.parked >= l.loops
 	}
 	d.mu.Unlock()
+	if done && d.reported.Load() == 0 && d.accepted.Load() > 0 {
+		return false, fmt.Errorf("%w: ConnState was replaced after New", ErrMisused)
+	}
 
 	grace := d.Grace
 	if grace == 0 {
@@ -295,12 +316,9 @@ func (d *Drainer) look(ctx context.Context) (done bool, err error) {
 	now := time.Now()
 	d.conns.Range(func(_, v any) bool {
 		c := v.(*conn)
-		switch active, http2, since := c.look(began); {
-		case active && http2: // srv.Shutdown sends GOAWAY and lets it finish
-		case active || now.Sub(since) < grace:
-			done = false
-		case !http2:
-			done = false
+		wait, expire := c.look(began, now, grace)
+		done = done && !wait
+		if expire {
 			over = append(over, c)
 		}
 		return true
@@ -328,13 +346,23 @@ func (d *Drainer) misuse() error {
 	d.mu.Lock()
 	strays, wrapped := d.strays, d.wrapped
 	d.mu.Unlock()
+	if err := d.checkHandler(); err != nil {
+		return err
+	}
 	switch {
 	case strays > 0:
 		return fmt.Errorf("%w: Serve has got a listener that is not of Drainer.Listener", ErrMisused)
 	case d.late.Load() || d.reported.Load() > d.accepted.Load():
-		return fmt.Errorf("%w: Serve was called before New", ErrMisused)
+		return fmt.Errorf("%w: Serve was called before New, or ConnContext was replaced after it", ErrMisused)
 	case !wrapped:
 		return fmt.Errorf("%w: Drainer.Listener was not called, and Serve not after New", ErrMisused)
+	}
+	return nil
+}
+
+func (d *Drainer) checkHandler() error {
+	if d.srv.Handler != http.Handler(handler{d}) {
+		return fmt.Errorf("%w: Handler was replaced after New", ErrMisused)
 	}
 	return nil
 }
@@ -373,8 +401,9 @@ func (d *Drainer) connContextHook(ctx context.Context, nc net.Conn) context.Cont
 		}
 	}
 	c := &conn{d: d, nc: nc}
+	c.ctx = context.WithValue(ctx, connKey{d}, c)
 	d.conns.Store(nc, c)
-	return context.WithValue(ctx, connKey{d}, c)
+	return c.ctx
 }
 
 func (d *Drainer) connStateHook(nc net.Conn, state http.ConnState) {
@@ -408,6 +437,11 @@ func (d *Drainer) note(nc net.Conn, state http.ConnState) {
 	}
 }
 
+// handler is the server's Handler.
+type handler struct{ d *Drainer }
+
+func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) { h.d.serveHTTP(w, r) }
+
 func (d *Drainer) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	d.handlers.Add(1)
 	defer d.handlers.Add(-1)
@@ -415,14 +449,17 @@ func (d *Drainer) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	if h == nil {
 		h = http.DefaultServeMux
 	}
-	if r.ProtoMajor == 2 && r.TLS == nil {
+	sentAway := false // by its connection
+	if r.ProtoMajor == 2 {
 		if c, ok := r.Context().Value(connKey{d}).(*conn); ok {
-			c.mu.Lock()
-			c.http2 = true
-			c.mu.Unlock()
+			if sentAway = c.frames != nil; !sentAway && r.TLS == nil {
+				c.mu.Lock()
+				c.http2 = true
+				c.mu.Unlock()
+			}
 		}
 	}
-	if !d.isDraining() {
+	if sentAway || !d.isDraining() {
 		h.ServeHTTP(w, r)
 		return
 	}
@@ -449,17 +486,20 @@ func switches(r *http.Request) bool {
 
 // A conn is a connection of the server.
 type conn struct {
-	d  *Drainer
-	nc net.Conn
+	d   *Drainer
+	nc  net.Conn
+	ctx context.Context // of its requests
 
 	// mu guards what follows, and the read deadline of a connection that is
 	// not active. It is held over no call that blocks.
 	mu      sync.Mutex
 	state   http.ConnState
-	since   time.Time // became new or idle; zero: before draining
-	http2   bool      // by what its handshake or a request has told
-	asked   bool      // the handshake has been asked
-	expired bool      // expire has set the read deadline
+	since   time.Time  // became new or idle; zero: before draining
+	http2   bool       // by what its handshake or a request has told
+	frames  *frameConn // what is served, if it is HTTP/2 and this package's to serve
+	away    time.Time  // when its client began to be sent away
+	asked   bool       // the handshake has been asked
+	expired bool       // expire has set the read deadline
 }
 
 // enter notes a state that the server's own goroutine reports.
@@ -484,9 +524,9 @@ func (c *conn) enter(state http.ConnState) {
 	}
 }
 
-// look returns whether c has a request, whether it speaks HTTP/2, and since when
-// it is what it is, within draining.
-func (c *conn) look(began time.Time) (active, http2 bool, since time.Time) {
+// look returns whether Shutdown has to wait for c, and whether its grace is over
+// and it is to be closed. It sends the client away that speaks HTTP/2.
+func (c *conn) look(began, now time.Time, grace time.Duration) (wait, expire bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	// For a new connection ConnectionState would wait until the handshake is
@@ -498,7 +538,20 @@ func (c *conn) look(began time.Time) (active, http2 bool, since time.Time) {
 	if c.since.After(began) {
 		began = c.since
 	}
-	return c.state == http.StateActive, c.http2, began
+	within := now.Sub(began) < grace
+	switch {
+	case !c.http2 || c.state == http.StateNew:
+		return true, c.state != http.StateActive && !within
+	case c.frames == nil:
+		return c.state != http.StateActive && within, false
+	case !c.frames.requested.Load():
+		return within, false
+	}
+	if c.away.IsZero() {
+		c.away = now
+		go c.frames.sendAway()
+	}
+	return now.Sub(c.away) < min(grace, awayTime), false
 }
 
 // expire makes the server's own goroutine, which waits for a request, close the
@@ -516,31 +569,6 @@ func (c *conn) expire() {
 // past is a deadline that has passed.
 var past = time.Unix(1, 0)
 
-// hasUnread reports whether something has arrived that nobody has read yet, as
-// far as the system tells. See recv(2), MSG_PEEK.
-func hasUnread(nc net.Conn) bool {
-	for {
-		inner, ok := nc.(interface{ NetConn() net.Conn })
-		if !ok {
-			break
-		}
-		nc = inner.NetConn()
-	}
-	sc, ok := nc.(syscall.Conn)
-	if !ok {
-		return false
-	}
-	raw, err := sc.SyscallConn()
-	if err != nil {
-		return false
-	}
-	n := 0
-	_ = raw.Control(func(fd uintptr) {
-		n, _, _ = syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK)
-	})
-	return n > 0
-}
-
 // A listener is what Serve gets. Its accept loops end when the server is shut
 // down, and wait before that.
 type listener struct {
@@ -550,7 +578,8 @@ type listener struct {
 	err    error         // of closing, after once
 	closed chan struct{} // closed under d.mu, when Close is called
 
-	loops, parked int // accept loops, and how many of them wait; guarded by d.mu
+	loops, parked int  // accept loops, and how many of them wait; guarded by d.mu
+	entered       bool // Accept was called; guarded by d.mu
 }
 
 func (l *listener) Addr() net.Addr {
@@ -559,7 +588,9 @@ func (l *listener) Addr() net.Addr {
 }
 
 func (l *listener) Accept() (net.Conn, error) {
-	l.enter()
+	if err := l.enter(); err != nil {
+		return nil, err
+	}
 	c, err := l.Listener.Accept()
 	if err == nil {
 		l.d.accepted.Add(1)
@@ -575,15 +606,21 @@ func (l *listener) Accept() (net.Conn, error) {
 	return nil, err
 }
 
-// enter notes that a listener which seemed to be foreign to baseContextHook
-// was a wrapper of l.
-func (l *listener) enter() {
+// enter begins a call of Accept. The first one notes that a listener which
+// seemed to be foreign to baseContextHook was a wrapper of l, and fails if the
+// server's Handler is not the Drainer's.
+func (l *listener) enter() error {
 	l.d.mu.Lock()
 	defer l.d.mu.Unlock()
 	if l.loops == 0 {
 		l.loops = 1
 		l.d.strays = max(0, l.d.strays-1)
 	}
+	if l.entered {
+		return nil
+	}
+	l.entered = true
+	return l.d.checkHandler()
 }
 
 // shut closes what l wraps.
@@ -606,61 +643,3 @@ func (l *listener) Close() error {
 	l.d.mu.Unlock()
 	return err
 }
-
-// http2Writer is what net/http's ResponseWriter for HTTP/2 can do.
-type http2Writer interface {
-	http.ResponseWriter
-	http.Flusher
-	http.Pusher
-	io.StringWriter
-	CloseNotify() <-chan bool
-	EnableFullDuplex() error
-	FlushError() error
-	SetReadDeadline(time.Time) error
-	SetWriteDeadline(time.Time) error
-}
-
-// A goAwayWriter makes the server send GOAWAY with the answer. It does so for
-// the field "Connection: close", which it takes out of the header; not so of
-// those with a status below 200, in which no such field is allowed.
-type goAwayWriter struct {
-	http2Writer
-	said bool
-}
-
-func (w *goAwayWriter) sayClose() {
-	if !w.said {
-		w.said = true
-		w.Header().Set("Connection", "close")
-	}
-}
-
-func (w *goAwayWriter) WriteHeader(status int) {
-	if status >= 200 {
-		w.sayClose()
-	}
-	w.http2Writer.WriteHeader(status)
-}
-
-func (w *goAwayWriter) Write(b []byte) (int, error) {
-	w.sayClose()
-	return w.http2Writer.Write(b)
-}
-
-func (w *goAwayWriter) WriteString(s string) (int, error) {
-	w.sayClose()
-	return w.http2Writer.WriteString(s)
-}
-
-func (w *goAwayWriter) Flush() {
-	w.sayClose()
-	w.http2Writer.Flush()
-}
-
-func (w *goAwayWriter) FlushError() error {
-	w.sayClose()
-	return w.http2Writer.FlushError()
-}
-
-// Unwrap is for http.ResponseController.
-func (w *goAwayWriter) Unwrap() http.ResponseWriter { return w.http2Writer }

@@ -341,8 +341,8 @@ func (l *load) upload() error {
 }
 
 // http2 makes a request of each kind on a connection that it shares with other
-// clients. What crosses GOAWAY, and so was not processed, the transport sends
-// again, as the protocol says.
+// clients. The transport cannot send a body again, so that none may cross the
+// last GOAWAY.
 func (l *load) http2(transport *http.Transport) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -357,6 +357,7 @@ func (l *load) http2(transport *http.Transport) error {
 		if err != nil {
 			return err
 		}
+		req.GetBody = nil
 		resp, err := transport.RoundTrip(req)
 		if err != nil {
 			return err

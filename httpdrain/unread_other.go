@@ -1,0 +1,10 @@
+//go:build !unix
+
+package httpdrain
+
+import "net"
+
+// hasUnread returns false, because package syscall cannot look at what has
+// arrived without taking it. A request that arrives just before its
+// connection's grace is over may be lost.
+func hasUnread(net.Conn) bool { return false }
