@@ -1123,3 +1123,252 @@ func TestUpgrade(t *testing.T) {
 	l.check()
 	t.Log(l.answered.Load(), "requests")
 }
+
+// rootVar makes a program that is owned by root and has the setuid bit become
+// root altogether: who started it cannot kill it.
+const rootVar = "ECDYSIS_TEST_ROOT"
+
+func init() {
+	if os.Getenv(rootVar) != "" {
+		if err := syscall.Setuid(0); err != nil {
+			os.Exit(4)
+		}
+	}
+	roles["nobody"] = func() {}
+	knownErrors["context deadline"] = context.DeadlineExceeded
+	knownErrors["ENOSPC"] = syscall.ENOSPC
+
+	// A hook of a process that serves, whose commands are taken elsewhere,
+	// holds at the first "call holdonce" until the command "release".
+	held, released := false, make(chan struct{})
+	verbs["holdonce"] = func(*daemon, command) (m message) {
+		if !held {
+			held = true
+			<-released
+		}
+		return m
+	}
+	verbs["release"] = func(*daemon, command) (m message) {
+		close(released)
+		return m
+	}
+}
+
+// bothSpec listens on TCP and at h.dir/sock, and has a PID file.
+func bothSpec(h *hub) spec {
+	return spec{
+		Listen:  [][2]string{{"tcp", "127.0.0.1:0"}, {"unix", h.sock()}},
+		Options: options{PIDFile: h.pidFile()},
+	}
+}
+
+func (h *hub) sock() string    { return filepath.Join(h.dir, "sock") }
+func (h *hub) pidFile() string { return filepath.Join(h.dir, "pid") }
+
+func (s spec) do(point, what string) spec {
+	s.Do = map[string]string{point: what}
+	return s
+}
+
+func (s spec) probation(d time.Duration) spec {
+	s.Options.Probation = d
+	return s
+}
+
+// list returns p's addresses.
+func (p *proc) list() [][2]string {
+	p.t.Helper()
+	p.addr(0)
+	a := <-p.addrs
+	p.addrs <- a
+	return a
+}
+
+// inherits asserts that p's sockets are those of an older process.
+func (p *proc) inherits(old *proc) {
+	p.t.Helper()
+	if a, b := p.list(), old.list(); !slices.Equal(a, b) {
+		p.t.Fatalf("process %d listens at %v, the one before it at %v", p.pid, a, b)
+	}
+}
+
+// hasPIDFile asserts that the PID file names p.
+func (p *proc) hasPIDFile() {
+	p.t.Helper()
+	b, err := os.ReadFile(p.h.pidFile())
+	if err != nil || string(b) != strconv.Itoa(p.pid)+"\n" {
+		p.t.Fatalf("PID file holds %q, %v; want %d", b, err, p.pid)
+	}
+}
+
+// files lists what is in the test's directory beside the hub.
+func (h *hub) files() []string {
+	h.t.Helper()
+	entries, err := os.ReadDir(h.dir)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		if e.Name() != "hub" {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}
+
+// hasFiles asserts that nothing else is in the test's directory.
+func (h *hub) hasFiles(want ...string) {
+	h.t.Helper()
+	if got := h.files(); !slices.Equal(got, want) {
+		h.t.Fatalf("files %q are there; want %q", got, want)
+	}
+}
+
+// none asserts that no further process has connected.
+func (h *hub) none() {
+	h.t.Helper()
+	select {
+	case p := <-h.procs:
+		h.t.Fatalf("process %d has been started, too", p.pid)
+	default:
+	}
+}
+
+// refuses asserts that nobody listens any more at p's addresses.
+func (p *proc) refuses() {
+	p.t.Helper()
+	for _, a := range p.list() {
+		c, err := net.DialTimeout(a[0], a[1], patience)
+		if err == nil {
+			c.Close()
+			p.t.Fatalf("%v takes connections", a)
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, os.ErrNotExist) {
+			p.t.Fatalf("%v: %v; want that it is refused", a, err)
+		}
+	}
+}
+
+// reaped asserts that nothing is left of a process.
+func reaped(t *testing.T, pid int) {
+	t.Helper()
+	if s := proctest.State(t, pid); s != "" {
+		t.Fatalf("process %d is still there, in state %s", pid, s)
+	}
+}
+
+// hasEvents asserts what p has been notified of, Ready aside.
+func (p *proc) hasEvents(want ...ecdysis.EventKind) {
+	p.t.Helper()
+	if got := p.kinds(); !slices.Equal(got, append([]ecdysis.EventKind{ecdysis.EventReady}, want...)) {
+		p.t.Fatalf("events %q; want ready and %q", got, want)
+	}
+}
+
+// A crashLoad is clients for a process that will be killed: they may lose
+// what it had accepted, but are never refused and never left alone.
+type crashLoad struct {
+	load
+	cut atomic.Int64
+}
+
+func startCrashLoad(t *testing.T, addrs [][2]string) *crashLoad {
+	l := &crashLoad{load: load{t: t, stop: make(chan struct{})}}
+	for _, a := range addrs {
+		l.wg.Go(func() {
+			for {
+				select {
+				case <-l.stop:
+					return
+				default:
+				}
+				c, err := net.DialTimeout(a[0], a[1], patience)
+				if err == nil {
+					if _, _, err = askOn(c); err == nil {
+						l.answered.Add(1)
+					} else if !errors.Is(err, os.ErrDeadlineExceeded) {
+						l.cut.Add(1)
+						err = nil
+					}
+					c.Close()
+				}
+				if err != nil {
+					l.mu.Lock()
+					l.failures = append(l.failures, err.Error())
+					l.mu.Unlock()
+				}
+			}
+		})
+	}
+	t.Cleanup(l.end)
+	return l
+}
+
+// check ends the load and asserts that at most one connection for each client
+// was in the hands of a process that was killed.
+func (l *crashLoad) check(clients int64) {
+	l.t.Helper()
+	l.load.check()
+	if n := l.cut.Load(); n > clients {
+		l.t.Errorf("%d connections were cut; there were %d clients and one process was killed", n, clients)
+	}
+}
+
+// unkillable starts a first process that is not root, and returns it with the
+// command that starts a successor that is.
+func unkillable(t *testing.T, specs ...spec) (*hub, *proc, command) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("a process that its parent may not kill takes root to start")
+	}
+	h := newHub(t, specs...)
+	nobody := filepath.Join(h.dir, "nobody")
+	root := filepath.Join(h.dir, "root")
+	for _, to := range []string{nobody, root} {
+		// Another process writes them, so that no concurrent fork of this
+		// one has them open for writing when they are started.
+		if out, err := exec.Command("cp", os.Args[0], to).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	for _, err := range []error{
+		os.Chmod(h.dir, 0o755),
+		os.Chmod(h.path, 0o777),
+		os.Chmod(nobody, 0o755),
+		os.Chmod(root, 0o755|os.ModeSetuid),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	asNobody := func(cmd *exec.Cmd) {
+		cmd.Dir = h.dir
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	}
+	probe := exec.Command(root, "-test.run=^$")
+	probe.Env = append(os.Environ(), roleVar+"=nobody", rootVar+"=1")
+	if asNobody(probe); probe.Run() != nil {
+		t.Skip("the setuid bit has no effect in ", h.dir)
+	}
+	p := h.serving(asNobody, func(cmd *exec.Cmd) { cmd.Path, cmd.Args[0] = nobody, nobody })
+	return h, p, command{Verb: "upgrade", Command: &ecdysis.Command{Path: root}, SetEnv: []string{rootVar + "=1"}}
+}
+
+// zombie returns when a process has ended with all of its threads, and its
+// parent has not noticed.
+func zombie(t *testing.T, pid int) {
+	t.Helper()
+	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		if proctest.IsZombie(pid) {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("process %d is in state %q; want a zombie", pid, proctest.State(t, pid))
+		}
+	}
+}
+
+// lateTimeout is what a busy machine needs to bring a successor to the point
+// where it holds.
+const lateTimeout = 5 * time.Second

@@ -35,6 +35,8 @@ type Daemon struct {
 	accepts sync.WaitGroup // what must end before the process does, clients aside
 	clients sync.WaitGroup
 
+	things sync.Map // see Set
+
 	mu      sync.Mutex
 	open    sync.Cond // holds > 0 or serves
 	holds   int
@@ -277,6 +279,19 @@ func (d *Daemon) Listener(i int) net.Listener { return d.Socket(i).(net.Listener
 
 // PacketConn is the i-th socket, if it is one for packets.
 func (d *Daemon) PacketConn(i int) net.PacketConn { return d.Socket(i).(net.PacketConn) }
+
+// Set keeps x for Get.
+func (d *Daemon) Set(key string, x any) { d.things.Store(key, x) }
+
+// Get returns what Set has kept by this name, which must be a T.
+func Get[T any](d *Daemon, key string) T {
+	x, _ := d.things.Load(key)
+	v, ok := x.(T)
+	if !ok {
+		panic(fmt.Sprintf("proctest: %q is a %T", key, x))
+	}
+	return v
+}
 
 // addrs tells the test the addresses.
 func (d *Daemon) addrs() {

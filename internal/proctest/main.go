@@ -30,6 +30,7 @@ func Main(m *testing.M) {
 		}
 		os.Exit(m.Run())
 	}
+	becomeRoot()
 	f, ok := roles[name]
 	if !ok {
 		fmt.Fprintf(os.Stderr, "proctest: no role %q\n", name)
