@@ -15,6 +15,7 @@ import (
 var (
 	systemSend    = unix.SendmsgN
 	systemReceive = unix.Recvmsg
+	systemOption  = unix.GetsockoptInt
 )
 
 // sendmsg sends what the system takes at once. The error is EAGAIN if the
@@ -105,7 +106,7 @@ func streamEnded(fd int) bool {
 // DragonFly, where the option cannot be read, the error is
 // errors.ErrUnsupported unless the socket is known not to listen.
 func isListening(fd int) (bool, error) {
-	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+	n, err := systemOption(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
 	if err == unix.ENOPROTOOPT {
 		return maybeListening(fd)
 	}

@@ -423,3 +423,49 @@ func TestMaybeListening(t *testing.T) {
 		t.Errorf("a bound socket: %v, %v; want that it is not known", yes, err)
 	}
 }
+
+// Unregistered names the socket that listens, and no connection, whether or not
+// the system tells what listens.
+func TestUnregisteredConnections(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	for range 2 { // whose peers go
+		c, err := net.Dial("tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		peer, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer peer.Close()
+		if err := errors.Join(c.(*net.TCPConn).SetLinger(0), c.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := peer.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+			t.Fatalf("%v; want that the connection is reset", err)
+		}
+	}
+	for _, told := range []bool{true, false} {
+		if !told {
+			become(t, &systemOption, func(int, int, int) (int, error) { return 0, unix.ENOPROTOOPT })
+		}
+		list, err := (&Upgrader{}).unregistered()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, e := range list {
+			if _, port, _ := net.SplitHostPort(e.address); e.network == "tcp" && strings.HasSuffix(ln.Addr().String(), ":"+port) {
+				got = append(got, e.label())
+			}
+		}
+		if want := []string{"tcp " + ln.Addr().String()}; !slices.Equal(got, want) {
+			t.Errorf("told: %v: unregistered: %q; want %q", told, got, want)
+		}
+	}
+}
