@@ -1,3 +1,5 @@
+//go:build darwin || dragonfly || freebsd || linux || netbsd || openbsd
+
 // Package ecdysis replaces a running daemon by its next version without a
 // client noticing.
 //
@@ -40,6 +42,9 @@
 // goroutines at once, and from the hooks in Options.
 //
 // It runs on Linux, macOS, FreeBSD, NetBSD, OpenBSD and DragonFly BSD.
+// On other systems, such as Windows, it compiles so that a program can be built
+// and tried there: New, Listen, Ready and Stop work as in the first process of a
+// chain, and Upgrade returns an error that wraps errors.ErrUnsupported.
 package ecdysis
 
 import (

@@ -557,14 +557,19 @@ func (f *Fds) replace(k key, add func() error) error {
 
 // addSocket adds a copy of a socket. f.mu is held.
 func (f *Fds) addSocket(k key, s conn) error {
-	if u, ok := s.(interface{ SetUnlinkOnClose(bool) }); ok {
-		u.SetUnlinkOnClose(false)
-	}
+	keepFile(s)
 	if err := f.replace(k, func() error { return f.addCopy(k, s) }); err != nil {
 		return err
 	}
 	f.noteFile(k)
 	return nil
+}
+
+// keepFile lets a Unix listener be closed without its file being removed.
+func keepFile(s any) {
+	if u, ok := s.(interface{ SetUnlinkOnClose(bool) }); ok {
+		u.SetUnlinkOnClose(false)
+	}
 }
 
 func (f *Fds) addCopy(k key, s conn) error {

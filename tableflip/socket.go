@@ -149,9 +149,7 @@ func (l *listener) detach() {
 	}
 	if file, err := duplicate(old, ""); err == nil && !l.closed {
 		if ln, err := net.FileListener(file); err == nil {
-			if u, ok := ln.(*net.UnixListener); ok {
-				u.SetUnlinkOnClose(false)
-			}
+			keepFile(ln)
 			l.ln, l.detached = ln.(coreListener), true
 		}
 		file.Close()

@@ -129,3 +129,29 @@ func TestSurface(t *testing.T) {
 		}
 	}
 }
+
+// TestOtherSystems compares what package ecdysis exports on systems that cannot
+// hand sockets on, and are not tested otherwise, with what it exports here.
+func TestOtherSystems(t *testing.T) {
+	const path = "github.com/ecdysis-go/ecdysis"
+	on := func(system string) []string {
+		gobuild.Default.CgoEnabled = false
+		defer func(s string) { gobuild.Default.GOOS = s }(gobuild.Default.GOOS)
+		gobuild.Default.GOOS = system
+		return surface(t, path)
+	}
+	want, got := on("linux"), on("windows")
+	if len(want) < 150 {
+		t.Errorf("it exports %d things on Linux; want 150 or more", len(want))
+	}
+	for _, s := range want {
+		if !slices.Contains(got, s) {
+			t.Errorf("on Windows there is not: %s", s)
+		}
+	}
+	for _, s := range got {
+		if !slices.Contains(want, s) {
+			t.Errorf("on Windows alone there is: %s", s)
+		}
+	}
+}
