@@ -1357,20 +1357,6 @@ func unkillable(t *testing.T, specs ...spec) (*hub, *proc, command) {
 	return h, p, command{Verb: "upgrade", Command: &ecdysis.Command{Path: root}, SetEnv: []string{rootVar + "=1"}}
 }
 
-// zombie returns when a process has ended with all of its threads, and its
-// parent has not noticed.
-func zombie(t *testing.T, pid int) {
-	t.Helper()
-	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
-		if proctest.IsZombie(pid) {
-			return
-		}
-		if time.Now().After(end) {
-			t.Fatalf("process %d is in state %q; want a zombie", pid, proctest.State(t, pid))
-		}
-	}
-}
-
 // lateTimeout is what a busy machine needs to bring a successor to the point
 // where it holds.
 const lateTimeout = 5 * time.Second

@@ -3,6 +3,8 @@
 package ecdysis_test
 
 import (
+	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -295,6 +297,59 @@ func (p *proc) replaced(s *proc, generation int) {
 	if m := p.at("wait returned"); m.Text[0] != string(ecdysis.EventUpgraded) || m.Text[2] != p.h.take() {
 		p.t.Errorf("Wait returned %q; want that it was replaced by %s", m.Text, p.h.take())
 	}
+}
+
+// request asks a control socket, in the background, and returns what waits for
+// the answer.
+func request(t *testing.T, path string) func() (string, error) {
+	t.Helper()
+	type result struct {
+		line string
+		err  error
+	}
+	ch := make(chan result, 1)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	go func() {
+		defer cancel()
+		line, err := firstLine(ctx, path)
+		ch <- result{line, err}
+	}()
+	return func() (string, error) { r := <-ch; return r.line, r.err }
+}
+
+// firstLine is Request, except that it does not wait for the end of the
+// connection.
+func firstLine(ctx context.Context, path string) (string, error) {
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })()
+	line, err := bufio.NewReader(c).ReadString('\n')
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	if err != nil {
+		return "", err
+	}
+	line = strings.TrimSuffix(line, "\n")
+	if text, ok := strings.CutPrefix(line, "ok "); ok {
+		return text, nil
+	}
+	return "", fmt.Errorf("ecdysis: request at %q: %s", path, strings.TrimPrefix(line, "error: "))
+}
+
+// asked asks a control socket and wants this answer.
+func asked(t *testing.T, path, want string) {
+	t.Helper()
+	if line, err := request(t, path)(); err != nil || line != want {
+		t.Fatalf("%s answers %q, %v; want %q", path, line, err, want)
+	}
+}
+
+func (p *proc) line(generation int) string {
+	return fmt.Sprintf("pid=%d generation=%d", p.pid, generation)
 }
 
 // Everything is handed on, in use and under load, and no client sees it.
