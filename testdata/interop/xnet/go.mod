@@ -1,4 +1,4 @@
-module github.com/ecdysis-go/ecdysis/testdata/interop
+module github.com/ecdysis-go/ecdysis/testdata/interop/xnet
 
 go 1.25.0
 
@@ -13,4 +13,4 @@ require (
 	golang.org/x/sys v0.47.0 // indirect
 )
 
-replace github.com/ecdysis-go/ecdysis => ../..
+replace github.com/ecdysis-go/ecdysis => ../../..
