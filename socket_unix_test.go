@@ -44,6 +44,9 @@ func pairOf(t *testing.T, typ int) (a, b *net.UnixConn) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { ends[i].Close() })
+		if err := ends[i].SetDeadline(time.Now().Add(20 * time.Second)); err != nil { // rather than hang
+			t.Fatal(err)
+		}
 	}
 	return ends[0], ends[1]
 }
