@@ -15,7 +15,8 @@ import (
 	"github.com/ecdysis-go/ecdysis"
 )
 
-// The kinds of what is handed on, as the other package names them too.
+// The kinds of things that are handed on. The names are part of the protocol of
+// github.com/cloudflare/tableflip.
 const (
 	kindListener = "listener"
 	kindPacket   = "packet"
@@ -23,12 +24,12 @@ const (
 	kindFile     = "fd"
 )
 
-// A key is what something is handed on under. The name of a file is the
-// network, and its address is empty.
+// A key identifies one thing that is handed on. The key of a file has the file's
+// name as its network, and no address.
 type key struct{ kind, network, address string }
 
-// name returns the key's name in package ecdysis. That of a file is its own,
-// unless it could be taken for one of another kind.
+// name returns the name by which package ecdysis hands the thing on. A file keeps
+// its own name, unless that looks like the name of another kind.
 func (k key) name() string {
 	if k.kind != kindFile {
 		return k.kind + " " + k.network + " " + k.address
@@ -54,8 +55,8 @@ func keyOf(name string) key {
 	return key{kindFile, name, ""}
 }
 
-// socketFile returns the absolute path of a Unix socket's file, and the file;
-// nil if there is none.
+// socketFile returns the absolute path of a Unix socket's file, and what Lstat
+// says of the file. It returns nil if there is no such file.
 func (k key) socketFile() (path string, fi os.FileInfo) {
 	if k.kind != kindListener && k.kind != kindPacket || !isUnix(k.network) || k.address == "" || k.address[0] == '@' {
 		return "", nil
@@ -84,11 +85,11 @@ type Fds struct {
 	lc   net.ListenConfig
 	core *ecdysis.Upgrader
 
-	// mu guards what follows. It is held over calls that add, so that the
-	// package's own name for something and the core's change as one.
+	// mu guards what follows. It is held over the core's calls that add and
+	// look up, so that several of them are one step.
 	mu        sync.Mutex
-	held      map[key]bool        // what the core has a copy of that was added here, or asked for: look-ups pass it over
-	listeners map[key][]*listener // those that Listen and Listener have returned
+	held      map[key]bool        // what was added here or was asked for, and of which the core has a copy: look-ups do not return it
+	listeners map[key][]*listener // which Listen and Listener have returned
 	packets   map[key][]*packetConn
 	ready     bool
 	frozen    bool     // an upgrade is about to begin or runs
@@ -115,7 +116,7 @@ func newFds(lc *net.ListenConfig) *Fds {
 
 // Listen returns the listener that was handed on under this network and
 // address, or a new one. Accept waits until Ready has succeeded. Closing the
-// listener does not withdraw it: the next process gets it nevertheless.
+// listener does not withdraw it: the successor gets it nevertheless.
 func (f *Fds) Listen(network, addr string) (net.Listener, error) {
 	k := key{kindListener, network, addr}
 	f.mu.Lock()
@@ -139,9 +140,11 @@ func (f *Fds) Listen(network, addr string) (net.Listener, error) {
 	return f.useListener(k, c.(coreListener)), nil
 }
 
-// ListenWithCallback is Listen, save that callback makes a new listener. The
-// callback must not use f. What it returns is replaced by a listener whose
-// Accept waits until Ready, if it is net's own, and otherwise returned as it is.
+// ListenWithCallback is like Listen, but callback makes a new listener. The
+// callback must not use f. If it returns a *net.TCPListener or a
+// *net.UnixListener, ListenWithCallback returns another listener for the same
+// socket, whose Accept waits until Ready has succeeded. It returns a listener of
+// any other type as it is.
 func (f *Fds) ListenWithCallback(network, addr string, callback func(network, addr string) (net.Listener, error)) (net.Listener, error) {
 	k := key{kindListener, network, addr}
 	f.mu.Lock()
@@ -185,7 +188,8 @@ func (f *Fds) listenWith(k key, callback func(network, addr string) (net.Listene
 }
 
 // Listener returns the listener that was handed on under this network and
-// address; nil if there is none. It may be closed, as that of Listen.
+// address. It returns nil, nil if there is none. Closing the listener does not
+// withdraw it.
 func (f *Fds) Listener(network, addr string) (net.Listener, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -217,9 +221,9 @@ func (f *Fds) listener(k key) (net.Listener, error) {
 	return ln, nil
 }
 
-// AddListener hands on a listener under this network and address, in the place
-// of any other. It makes a copy: ln may be closed. ln itself accepts as long as
-// the program lets it, also when the next process does.
+// AddListener hands on a copy of a listener under this network and address, in
+// the place of any other. The caller may close ln. Until then ln accepts, even
+// when the successor does.
 func (f *Fds) AddListener(network, addr string, ln Listener) error {
 	k := key{kindListener, network, addr}
 	f.mu.Lock()
@@ -259,9 +263,9 @@ func (f *Fds) ListenPacket(network, addr string) (net.PacketConn, error) {
 	return f.usePacketConn(k, c), nil
 }
 
-// netAlone reports whether package net has to make a socket for packets: a raw
-// one, or one of a group, which package ecdysis makes otherwise or not at all;
-// and one of Unix, whose file package ecdysis would remove when it is closed.
+// netAlone reports whether package net has to make the socket. Package ecdysis
+// makes no raw sockets, and those of multicast groups in another way. It would
+// remove the file of a Unix socket when that is closed.
 func netAlone(network, addr string) bool {
 	switch network {
 	case "udp", "udp4", "udp6":
@@ -271,10 +275,11 @@ func netAlone(network, addr string) bool {
 	return true
 }
 
-// ListenPacketWithCallback is ListenPacket, save that callback makes a new
-// socket. The callback must not use f. What it returns is replaced by one whose
-// reading waits until Ready, if it is net's own for UDP or Unix, and otherwise
-// returned as it is.
+// ListenPacketWithCallback is like ListenPacket, but callback makes a new socket.
+// The callback must not use f. If it returns a *net.UDPConn or a *net.UnixConn,
+// ListenPacketWithCallback returns another net.PacketConn for the same socket,
+// whose reading waits until Ready has succeeded. It returns one of any other type
+// as it is.
 func (f *Fds) ListenPacketWithCallback(network, addr string, callback func(network, addr string) (net.PacketConn, error)) (net.PacketConn, error) {
 	k := key{kindPacket, network, addr}
 	f.mu.Lock()
@@ -318,8 +323,8 @@ func (f *Fds) listenPacketWith(k key, callback func(network, addr string) (net.P
 }
 
 // PacketConn returns the socket for packets that was handed on under this
-// network and address; nil if there is none. It may be closed, as that of
-// ListenPacket.
+// network and address. It returns nil, nil if there is none. Closing the socket
+// does not withdraw it.
 func (f *Fds) PacketConn(network, addr string) (net.PacketConn, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -351,17 +356,17 @@ func (f *Fds) packetConn(k key) (net.PacketConn, error) {
 	return c, nil
 }
 
-// AddPacketConn hands on a socket for packets under this network and address,
-// in the place of any other. It makes a copy: conn may be closed.
+// AddPacketConn hands on a copy of a socket for packets under this network and
+// address, in the place of any other. The caller may close conn.
 func (f *Fds) AddPacketConn(network, addr string, conn PacketConn) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.addSocket(key{kindPacket, network, addr}, conn)
 }
 
-// Conn returns the connection that was handed on under this network and
-// address; nil if there is none. It is a copy, which may be closed: the next
-// process gets the connection, too.
+// Conn returns a copy of the connection that was handed on under this network and
+// address. It returns nil, nil if there is none. The caller may close the copy:
+// the successor gets the connection, too.
 func (f *Fds) Conn(network, addr string) (net.Conn, error) {
 	k := key{kindConn, network, addr}
 	f.mu.Lock()
@@ -394,8 +399,8 @@ func (f *Fds) Conn(network, addr string) (net.Conn, error) {
 	return c, nil
 }
 
-// AddConn hands on a connection under this network and address, in the place of
-// any other. It makes a copy: conn may be closed.
+// AddConn hands on a copy of a connection under this network and address, in the
+// place of any other. The caller may close conn.
 func (f *Fds) AddConn(network, addr string, conn Conn) error {
 	k := key{kindConn, network, addr}
 	f.mu.Lock()
@@ -408,7 +413,8 @@ func (f *Fds) AddConn(network, addr string, conn Conn) error {
 	})
 }
 
-// Files returns all files that were handed on and not asked for, as File does.
+// Files returns copies of all files that were handed on and that File has not
+// returned.
 func (f *Fds) Files() ([]*os.File, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -433,9 +439,9 @@ func (f *Fds) Files() ([]*os.File, error) {
 	return files, nil
 }
 
-// File returns the file that was handed on under this name; nil if there is
-// none. It is a copy, which may be closed: the next process gets the file, too.
-// The descriptor may be in blocking mode.
+// File returns a copy of the file that was handed on under this name. It returns
+// nil, nil if there is none. The caller may close the copy: the successor gets the
+// file, too. The descriptor may be in blocking mode.
 func (f *Fds) File(name string) (*os.File, error) {
 	k := key{kindFile, name, ""}
 	f.mu.Lock()
@@ -446,8 +452,8 @@ func (f *Fds) File(name string) (*os.File, error) {
 	return f.takeFile(k)
 }
 
-// AddFile hands on a file under this name, in the place of any other. It makes
-// a copy: file may be closed.
+// AddFile hands on a copy of a file under this name, in the place of any other.
+// The caller may close file.
 func (f *Fds) AddFile(name string, file *os.File) error {
 	k := key{kindFile, name, ""}
 	f.mu.Lock()
@@ -455,27 +461,25 @@ func (f *Fds) AddFile(name string, file *os.File) error {
 	return f.replace(k, func() error { return f.core.AddFile(k.name(), file) })
 }
 
-// What the core says.
-
 var errNotInherited = errors.New("it was not handed on")
 
-// refuse is the Control of a call that is to find an inherited socket, and to
-// make none.
+// refuse is the ListenConfig.Control of a call that looks for an inherited
+// socket and must not make a new one.
 func refuse(string, string, rawConn) error { return errNotInherited }
 
-// none reports whether a look-up by name has found nothing.
+// none reports whether a look-up of the core has found nothing.
 func none(isNil bool, err error) bool {
 	return err == nil && isNil || errors.Is(err, fs.ErrNotExist)
 }
 
-// isNetError reports whether a call was made that refuse has ended, or that
-// failed for its address: nothing was handed on that the core knows it by.
+// isNetError reports whether err is that of refuse, or of an address that the
+// core cannot listen on: no socket was handed on for this address.
 func isNetError(err error) bool {
 	var oe *net.OpError
 	return errors.As(err, &oe)
 }
 
-// mayAdd reports, as an error, that nothing can be added now. f.mu is held.
+// mayAdd returns an error if nothing can be added now. f.mu is held.
 func (f *Fds) mayAdd() error {
 	if f.frozen {
 		return fmt.Errorf("tableflip: %w", ecdysis.ErrInProgress)
@@ -503,8 +507,8 @@ func (f *Fds) catchUp() {
 	f.later = nil
 }
 
-// takeFile returns a copy of what is k's in the core as a file, and leaves it
-// there; nil if there is none. f.mu is held.
+// takeFile returns a copy of the core's descriptor for k as a file. It returns nil
+// if there is none. f.mu is held.
 func (f *Fds) takeFile(k key) (*os.File, error) {
 	file, err := f.core.File(k.name())
 	if none(file == nil, err) {
@@ -523,7 +527,8 @@ func (f *Fds) takeFile(k key) (*os.File, error) {
 	return file, nil
 }
 
-// replace adds something in the place of what has its key. f.mu is held.
+// replace adds a thing by a call of add, and takes out the one that has its key.
+// f.mu is held.
 func (f *Fds) replace(k key, add func() error) error {
 	err := f.mayAdd()
 	var old *os.File
@@ -581,7 +586,7 @@ func (f *Fds) addCopy(k key, s conn) error {
 	return f.core.AddFile(k.name(), file)
 }
 
-// useListener makes one of the core's the caller's. f.mu is held.
+// useListener returns the program's listener for one of the core's. f.mu is held.
 func (f *Fds) useListener(k key, c coreListener) net.Listener {
 	l := &listener{f: f, ln: c}
 	f.noteFile(k)
@@ -589,7 +594,7 @@ func (f *Fds) useListener(k key, c coreListener) net.Listener {
 	return l
 }
 
-// usePacketConn makes one of the core's the caller's. f.mu is held.
+// usePacketConn returns the program's socket for one of the core's. f.mu is held.
 func (f *Fds) usePacketConn(k key, c net.PacketConn) net.PacketConn {
 	f.noteFile(k)
 	p := &packetConn{f: f, k: k, core: c.(corePacketConn)}
@@ -600,7 +605,8 @@ func (f *Fds) usePacketConn(k key, c net.PacketConn) net.PacketConn {
 	return &unixgramConn{c.(*ecdysis.UnixgramConn), p}
 }
 
-// noteFile keeps what tells a Unix socket's file from any other.
+// noteFile notes the file of a Unix socket, so that it can be told from another
+// file of the same name later.
 func (f *Fds) noteFile(k key) {
 	path, fi := k.socketFile()
 	if fi == nil {
@@ -611,7 +617,7 @@ func (f *Fds) noteFile(k key) {
 	f.fileMu.Unlock()
 }
 
-// hasFile reports whether the file that noteFile has found is still there.
+// hasFile reports whether the file that noteFile has noted is still there.
 func (f *Fds) hasFile(k key) bool {
 	path, fi := k.socketFile()
 	f.fileMu.Lock()
@@ -619,7 +625,7 @@ func (f *Fds) hasFile(k key) bool {
 	return fi != nil && f.files[path] != nil && os.SameFile(fi, f.files[path])
 }
 
-// unlink removes the files of the Unix sockets.
+// unlink removes the files that noteFile has noted.
 func (f *Fds) unlink() {
 	f.fileMu.Lock()
 	defer f.fileMu.Unlock()
@@ -630,8 +636,8 @@ func (f *Fds) unlink() {
 	}
 }
 
-// dropUnclaimed closes what a process of the other package has handed on and
-// nobody has asked for.
+// dropUnclaimed closes the sockets, connections and files that a tableflip process
+// has handed on and that the program has not asked for.
 func (f *Fds) dropUnclaimed() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -658,8 +664,8 @@ func (f *Fds) dropUnclaimed() error {
 	return nil
 }
 
-// noteDropped keeps the path of a Unix socket that was closed here, as in
-// "unix /path".
+// noteDropped notes the path of a Unix socket that the program has not asked for.
+// The label is of the form "unix /path".
 func (f *Fds) noteDropped(label string) {
 	network, path, _ := strings.Cut(label, " ")
 	if !isUnix(network) || path == "" || path[0] == '@' {
@@ -670,9 +676,8 @@ func (f *Fds) noteDropped(label string) {
 	f.fileMu.Unlock()
 }
 
-// becomeReady ends the look-ups, and removes the files of the Unix sockets that
-// nobody has asked for. It reports whether this is the first time that Ready has
-// succeeded.
+// becomeReady makes look-ups find nothing from now on, and removes the files that
+// noteDropped has noted. It reports whether this is the first call.
 func (f *Fds) becomeReady() bool {
 	f.mu.Lock()
 	first := !f.ready

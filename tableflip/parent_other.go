@@ -14,8 +14,8 @@ import (
 
 const supported = false
 
-// A parent is a process of the other package that has started this one. There
-// is none here.
+// A parent is the tableflip process that has started this one. On these systems
+// there is none.
 type parent struct{}
 
 func openParent(time.Time) (*parent, error) { return nil, nil }

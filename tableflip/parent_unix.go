@@ -20,10 +20,11 @@ import (
 
 const supported = true
 
-// How a process of the other package starts its successor: this variable is
-// set, and the descriptors from 3 on are the write end of a pipe on which the
-// successor says that it is ready, the read end of one on which a list of names
-// comes and that stays open as long as that process lives, and what is named.
+// A tableflip process starts its successor with the variable parentVar and these
+// descriptors. readyFD is the write end of a pipe: the successor writes readyByte
+// to it when it is ready. namesFD is the read end of a pipe: the tableflip process
+// writes a list of names to it, and keeps its end open until it exits. The
+// descriptors from firstNamed on have these names.
 const (
 	parentVar  = "TABLEFLIP_HAS_PARENT_7DIU3"
 	readyByte  = 42
@@ -32,14 +33,14 @@ const (
 	firstNamed = 5
 )
 
-// tellTimeout bounds the wait for a parent that does not read the ready byte,
-// because it is stopped or starved: it serves nobody then.
+// tellTimeout bounds the wait for a parent that does not read the ready byte. Such
+// a process is stopped or starved, and serves nobody.
 const tellTimeout = 5 * time.Second
 
-// passed are the descriptors from readyFD on that this process was started
-// with; nil if no process of the other package has started it, or they were
-// taken. It is found out, and the variable removed, before the program can
-// start another one, which would take them for its own.
+// passed are the descriptors from readyFD on that a tableflip process has passed to
+// this one. It is nil if there are none, or if openParent has taken them. They
+// are found, and the variable is removed, before the program can start another
+// one, which would take them for its own.
 var passed = passedHere()
 
 func passedHere() []int {
@@ -47,8 +48,8 @@ func passedHere() []int {
 		return nil
 	}
 	_ = os.Unsetenv(parentVar) // fails for no name like this
-	// The other package leaves the variable to every program that its
-	// processes start. These have no such pipes.
+	// Every program that a tableflip process starts has the variable. Only its
+	// successor has the pipes.
 	if !isPipe(readyFD, unix.O_WRONLY) || !isPipe(namesFD, unix.O_RDONLY) {
 		return nil
 	}
@@ -75,22 +76,23 @@ func isPipe(fd, mode int) bool {
 	return err == nil && flags&unix.O_ACCMODE == mode
 }
 
-// A parent is a process of the other package that has started this one.
+// A parent is the tableflip process that has started this one.
 type parent struct {
-	ready *os.File // on which it is told
-	alive *os.File // which ends when it exits
-	turn  chan struct{}
+	ready *os.File      // for the ready byte
+	alive *os.File      // ends when the parent exits
+	turn  chan struct{} // held by the call that reads from alive
 	named []named
 }
 
-// A named is a descriptor that it hands on.
+// A named is a descriptor that the parent hands on.
 type named struct {
 	key
 	file *os.File
 }
 
-// openParent returns the process of the other package that has started this
-// one, with what it hands on; nil if there is none, or it was returned before.
+// openParent returns the tableflip process that has started this one, with the
+// descriptors that it hands on. It returns nil if there is no such process, or if
+// an earlier call has returned it.
 func openParent(deadline time.Time) (*parent, error) {
 	if passed == nil {
 		return nil, nil
@@ -110,8 +112,8 @@ func openParent(deadline time.Time) (*parent, error) {
 	fds = fds[firstNamed-readyFD:]
 	names, err := p.readNames(deadline)
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		// It has died before it has said what it hands on. Its sockets are
-		// here, and package ecdysis finds them by their addresses.
+		// It has died before it has written the names. Its sockets are here,
+		// and package ecdysis finds them by their addresses.
 		names, err = nil, nil
 		for _, fd := range fds {
 			names = append(names, []string{kindListener, "descriptor", strconv.Itoa(fd)})
@@ -151,7 +153,7 @@ func (p *parent) readNames(deadline time.Time) (names [][]string, err error) {
 	return names, p.alive.SetReadDeadline(time.Time{})
 }
 
-// addTo makes what is handed on the core's.
+// addTo adds everything that the parent hands on to the core.
 func (p *parent) addTo(u *ecdysis.Upgrader) error {
 	for _, n := range p.named {
 		if err := n.addTo(u); err != nil {
@@ -186,9 +188,9 @@ func (p *parent) close() {
 	p.alive.Close()
 }
 
-// tell tells the parent that this process serves, and returns when the parent
-// has heard it or has died. Nothing can fail here: a parent that has given this
-// process up has killed it.
+// tell tells the parent that this process serves. It returns when the parent has
+// read that, has died, or has not read it within tellTimeout. No error matters: a
+// parent that has given this process up kills it.
 func (p *parent) tell() {
 	defer p.ready.Close()
 	if _, err := p.ready.Write([]byte{readyByte}); err != nil {
@@ -198,11 +200,11 @@ func (p *parent) tell() {
 	if err != nil || p.ready.SetWriteDeadline(time.Now().Add(tellTimeout)) != nil {
 		return
 	}
-	// It closes its end when it has read the byte.
+	// The parent closes its end when it has read the byte.
 	_ = raw.Write(func(fd uintptr) bool { return hungUp(fd, unix.POLLOUT) })
 }
 
-// hungUp reports whether nobody has the other end of a pipe.
+// hungUp reports whether no process has the other end of a pipe.
 func hungUp(fd uintptr, events int16) bool {
 	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
 	for {
@@ -252,7 +254,7 @@ func (p *parent) gone() bool {
 	return gone || err != nil // wait has closed it
 }
 
-// forget closes what tells of the parent's end.
+// forget closes the pipe by which this process sees the parent exit.
 func (p *parent) forget() { p.alive.Close() }
 
 // duplicate returns a copy of a descriptor.

@@ -20,16 +20,16 @@ type (
 // past is a deadline that has passed.
 var past = time.Unix(1, 0)
 
-// A coreListener is what the core returns for a listening socket. A
-// *net.TCPListener and a *net.UnixListener are ones, too.
+// A coreListener is a listener of the core, a *net.TCPListener or a
+// *net.UnixListener.
 type coreListener interface {
 	net.Listener
 	syscall.Conn
 	SetDeadline(time.Time) error
 }
 
-// A listener is what Listen returns. Closing it ends accepting here, and leaves
-// the socket with the core, so that it is handed on.
+// A listener is the listener that Listen returns. Close ends accepting in this
+// process, and leaves the socket with the core, which hands it on.
 type listener struct {
 	f *Fds
 
@@ -73,8 +73,8 @@ func (l *listener) Accept() (net.Conn, error) {
 	}
 }
 
-// keepAlive applies the settings of the ListenConfig; those of net's zero one
-// are there already.
+// keepAlive applies the settings of the ListenConfig. Net has applied those of the
+// zero ListenConfig already.
 func (f *Fds) keepAlive(c *net.TCPConn) {
 	switch cfg := f.lc.KeepAliveConfig; {
 	case cfg.Enable:
@@ -104,7 +104,7 @@ func (l *listener) SyscallConn() (syscall.RawConn, error) {
 	return ln.SyscallConn()
 }
 
-// File returns a copy of the socket, as that of a *net.TCPListener does.
+// File returns a copy of the socket, as File of a *net.TCPListener does.
 func (l *listener) File() (*os.File, error) {
 	ln, closed := l.current()
 	if closed {
@@ -138,8 +138,8 @@ func (l *listener) Close() error {
 	return nil
 }
 
-// detach takes the socket from the core, since another one is handed on in its
-// place. It goes on accepting until it is closed.
+// detach takes the socket from the core, because another one is handed on in its
+// place. The listener goes on accepting until the program closes it.
 func (l *listener) detach() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -157,13 +157,13 @@ func (l *listener) detach() {
 	old.Close()
 }
 
-// A corePacketConn is what the core returns for a socket for packets.
+// A corePacketConn is a socket of the core for packets.
 type corePacketConn interface {
 	net.PacketConn
 	syscall.Conn
 }
 
-// A packetConn is a socket for packets that the program has and the core hands
+// A packetConn is a socket for packets that the program uses and the core hands
 // on.
 type packetConn struct {
 	f      *Fds
@@ -172,13 +172,13 @@ type packetConn struct {
 	closed bool // guarded by f.mu
 }
 
-// A udpConn is what ListenPacket returns for UDP.
+// A udpConn is the socket that ListenPacket returns for UDP.
 type udpConn struct {
 	*ecdysis.UDPConn
 	p *packetConn
 }
 
-// A unixgramConn is what ListenPacket returns for "unixgram".
+// A unixgramConn is the socket that ListenPacket returns for "unixgram".
 type unixgramConn struct {
 	*ecdysis.UnixgramConn
 	p *packetConn
@@ -211,7 +211,7 @@ func (p *packetConn) close() error {
 			return p.core.Close() // an error but this one says that nothing is handed on any more
 		}
 	}
-	// The successor may still have to get its copy.
+	// The successor may still have to get its copy, so the socket stays open.
 	f.later = append(f.later, func() {
 		_ = f.addCopy(p.k, p.core)
 		_ = p.core.Close()

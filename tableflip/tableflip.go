@@ -1,18 +1,19 @@
-// Package tableflip has the exported API of github.com/cloudflare/tableflip,
-// and works by package ecdysis. A program moves by its import path:
+// Package tableflip has the exported API of github.com/cloudflare/tableflip, on
+// top of package ecdysis. A program moves by changing its import path:
 //
 //	import "github.com/ecdysis-go/ecdysis/tableflip"
 //
-// A process that runs with that other package can start this program as its
-// upgrade: New takes what it hands on, Ready tells it, and no client notices.
-// From then on upgrades are this package's. A program that calls package
-// ecdysis directly uses [Inherit] for that.
+// A running tableflip process, one with the other import path, can upgrade to
+// this program. New takes over its sockets and files, Ready tells it that this
+// process serves, and no client notices. Later upgrades work by package ecdysis.
+// A program that calls package ecdysis directly calls [Inherit] instead of
+// [ecdysis.New].
 //
-// The API is kept, and some of its behaviour is stricter, because it would lose
-// clients otherwise: two generations never accept at once, so Accept waits
-// until Ready has succeeded; a listener is not a *net.TCPListener; and nothing
-// can be added while an upgrade runs. docs/from-tableflip.md has the whole
-// table, and says how to go on to package ecdysis itself.
+// Some behaviour is stricter, because the other package's way can lose clients.
+// Two generations never accept at once, so Accept waits until Ready has
+// succeeded, and a listener is not a *net.TCPListener. Nothing can be added while
+// an upgrade runs. docs/from-tableflip.md lists all differences, and says how to
+// go on to package ecdysis itself.
 //
 // The package works on the systems of package ecdysis. On others New returns
 // [ErrNotSupported], and the stubs in package testing work.
@@ -76,13 +77,13 @@ type Conn interface {
 type Upgrader struct {
 	*Fds
 	core   *ecdysis.Upgrader
-	parent *parent       // a process of the other package that has started this one; nil if there is none
+	parent *parent       // the tableflip process that has started this one; nil if there is none
 	ready  chan struct{} // closed when Ready has succeeded
 }
 
-// New returns this process's Upgrader, with what the process that has started
-// this one hands on. Only the first call that succeeds does; those after it
-// fail.
+// New returns this process's Upgrader. If another process has started this one to
+// be its successor, the Upgrader has all that this process hands on. A process can
+// have one Upgrader: once New has succeeded, later calls fail.
 func New(opts Options) (*Upgrader, error) {
 	if !supported {
 		return nil, fmt.Errorf("tableflip: new: %w", ErrNotSupported)
@@ -103,23 +104,23 @@ func New(opts Options) (*Upgrader, error) {
 	return u, nil
 }
 
-// Inherit is [ecdysis.New] for a program whose running version uses
+// Inherit is [ecdysis.New] for a program whose running version may use
 // github.com/cloudflare/tableflip. If such a process has started this one,
-// the Upgrader has what that process hands on, as if AddFile and AddConn had
-// brought it here; otherwise Inherit does what New does.
+// Inherit adds everything that it hands on to the Upgrader, by AddFile and
+// AddConn. Otherwise Inherit does what New does.
 //
-// The sockets are found by Listen and ListenPacket under their addresses. All
-// is found by its name, too: "listener tcp :80" and "packet udp :53" by
-// Listener and PacketConn, "conn tcp 192.0.2.1:80" by Conn, and what was added
-// as a file by File, under its own name. The tableflip process is told when
-// this one becomes ready, after Options.Notify has returned from EventReady
-// and before this process accepts. It goes on accepting for a moment, as it
-// always did.
+// Listen and ListenPacket find the sockets by their addresses. The look-ups find
+// everything by its name: Listener finds "listener tcp :80", PacketConn finds
+// "packet udp :53", Conn finds "conn tcp 192.0.2.1:80", and File finds a file
+// under its own name. Ready tells the tableflip process that this one serves,
+// after Options.Notify has returned from EventReady and before this process
+// accepts. The tableflip process goes on accepting until its program closes the
+// listeners.
 //
-// To package ecdysis this is the first process of a chain: WaitForParent does
-// not wait for the tableflip process, a Unix socket's file is not removed on a
-// stop, and what nobody has asked for is handed on, as after
-// [ecdysis.Upgrader.AddFile].
+// For package ecdysis this is the first process of a chain. WaitForParent does
+// not wait for the tableflip process, and a stop does not remove the files of
+// inherited Unix sockets. A socket or file that the program does not ask for
+// stays open and is handed on, as after [ecdysis.Upgrader.AddFile].
 func Inherit(opts ecdysis.Options) (*ecdysis.Upgrader, error) {
 	u, p, err := inherit(opts)
 	if err != nil {
@@ -166,10 +167,10 @@ func inherit(opts ecdysis.Options) (*ecdysis.Upgrader, *parent, error) {
 	return u, p, nil
 }
 
-// Ready tells the process that has started this one that it can serve, writes
-// the PID file, and closes what was handed on and not asked for. When it
-// returns nil this process is the one that serves: the listeners here accept.
-// It returns nil, too, if the other process has died meanwhile.
+// Ready writes the PID file, tells the parent that this process can serve, and
+// closes everything that was handed on and that the program has not asked for.
+// When it returns nil, this process serves and its listeners accept. It also
+// returns nil if the parent has died meanwhile.
 func (u *Upgrader) Ready() error {
 	defer u.Fds.catchUp()
 	if u.parent != nil { // what is the core's own it closes by itself
@@ -190,14 +191,13 @@ func (u *Upgrader) Ready() error {
 // stopped, and should exit.
 func (u *Upgrader) Exit() <-chan struct{} { return u.core.Exit() }
 
-// HasParent reports whether another process has started this one to be its
-// successor.
+// HasParent reports whether another process, the parent, has started this one to
+// be its successor.
 func (u *Upgrader) HasParent() bool { return u.parent != nil || u.core.HasParent() }
 
-// Upgrade starts the successor, and returns nil when that has taken over.
-// Otherwise the error says why it did not, and this process serves on. An
-// upgrade is refused before Ready, while another one runs, and while the process
-// that has started this one is still there.
+// Upgrade starts the successor, and returns nil when the successor has taken over.
+// Otherwise the error says why it has not, and this process serves on. An upgrade
+// is refused before Ready, while another one runs, and while the parent is alive.
 func (u *Upgrader) Upgrade() error {
 	defer u.Fds.catchUp()
 	if err := u.core.Upgrade(); err != nil {
@@ -206,14 +206,14 @@ func (u *Upgrader) Upgrade() error {
 	return nil
 }
 
-// Stop ends this process's service: an upgrade that runs is given up, and Exit
-// is closed. Unless this process has been replaced, the files of its Unix
-// sockets are removed.
+// Stop ends this process's service. It gives up an upgrade that runs, removes the
+// files of this process's Unix sockets, and closes the channel that Exit returns.
+// It does nothing if this process has been replaced.
 func (u *Upgrader) Stop() { u.core.Stop() }
 
-// WaitForParent waits until the process that has started this one has exited,
-// or until ctx is done, whose error it returns. It does not return before Ready
-// has succeeded. If there is no such process, it returns nil at once.
+// WaitForParent waits until Ready has succeeded and the parent has exited. If ctx
+// is done earlier, it returns ctx's error. It returns nil at once if there is no
+// parent.
 func (u *Upgrader) WaitForParent(ctx context.Context) error {
 	if !u.HasParent() {
 		return nil
@@ -233,8 +233,8 @@ func (u *Upgrader) WaitForParent(ctx context.Context) error {
 	return err
 }
 
-// prepare refuses an upgrade while the parent is alive, and lets nothing be
-// added until it is over.
+// prepare refuses an upgrade while the parent is alive. Otherwise nothing can be
+// added until the upgrade is over.
 func (u *Upgrader) prepare(*ecdysis.Command) error {
 	if !u.parentGone() {
 		return errParentAlive
@@ -243,9 +243,8 @@ func (u *Upgrader) prepare(*ecdysis.Command) error {
 	return nil
 }
 
-// parentGone reports whether the process that has started this one has exited.
-// It looks several times at a process of this package, because a look may come
-// to nothing on a busy machine.
+// parentGone reports whether the parent has exited. It asks the core several
+// times, because the core may not get to look within the time on a busy machine.
 func (u *Upgrader) parentGone() bool {
 	if u.parent != nil {
 		return u.parent.gone()

@@ -232,6 +232,30 @@ func TestMoveOrphaned(t *testing.T) {
 	}
 }
 
+// TestMoveStopped stops the tableflip process for good just before it is told:
+// the new process does not wait for it for ever.
+func TestMoveStopped(t *testing.T) {
+	t.Parallel()
+	c, pid, addrs := startTheirs(t)
+	c.install(build(t, ours, "core"))
+	c.order(1, "told", "hold")
+	c.signal(pid, syscall.SIGHUP)
+	c.await(1, "at told")
+	c.signal(pid, syscall.SIGSTOP)
+	c.stopped(pid)
+	c.release(1, "told")
+	for _, a := range addrs {
+		if got := ask(t, a); got != 1 {
+			t.Errorf("%v: generation %d answers; want 1", a, got)
+		}
+	}
+	c.signal(pid, syscall.SIGCONT)
+	c.await(0, "done")
+	if n := c.count(0, "upgrade failed"); n > 0 {
+		t.Error("the tableflip process has not read that it was told")
+	}
+}
+
 // TestMoveUnnamed kills the tableflip process before it has said what it hands
 // on: the sockets are found by their addresses.
 func TestMoveUnnamed(t *testing.T) {
