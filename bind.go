@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -161,7 +162,13 @@ func (a *bindAddr) removeStale() error {
 		return err
 	}
 	defer unix.Close(fd)
-	if err := unix.Connect(fd, a.sa); err != unix.ECONNREFUSED {
+	switch err := unix.Connect(fd, a.sa); err {
+	case unix.ECONNREFUSED: // stale
+	case unix.ENOENT: // it has gone since
+		return nil
+	case unix.EACCES, unix.EPERM:
+		return fmt.Errorf("%w: whether a process listens at %s cannot be told: %w", os.NewSyscallError("bind", unix.EADDRINUSE), a.path, os.NewSyscallError("connect", err))
+	default:
 		return fmt.Errorf("%w: another process listens there", os.NewSyscallError("bind", unix.EADDRINUSE))
 	}
 	if err := os.Remove(a.path); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -170,9 +177,63 @@ func (a *bindAddr) removeStale() error {
 	return nil
 }
 
+// isLive reports whether something is at path that must be left alone: a socket
+// that a process listens to, or a file that is no socket.
+func isLive(path string) bool {
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return err != unix.ENOENT && err != unix.ENOTDIR
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFSOCK {
+		return true
+	}
+	fd, err := newSocket(unix.AF_UNIX, unix.SOCK_DGRAM)
+	if err != nil {
+		return true
+	}
+	defer unix.Close(fd)
+	return unix.Connect(fd, &unix.SockaddrUnix{Name: path}) != unix.ECONNREFUSED
+}
+
+// besidePath is where a process makes the file of a socket that takes the place
+// of another one. Its predecessor knows the name, too.
+func besidePath(path string, pid int) string { return path + "." + strconv.Itoa(pid) }
+
+// renew returns a new socket in the place of e, whose file is gone: it is bound
+// beside e's path until this process is committed to. e is closed.
+func renew(asked *socketRequest, e *entry) (*entry, error) {
+	a, err := resolve(asked.network, besidePath(e.path, os.Getpid()))
+	if err != nil {
+		return nil, err
+	}
+	if len(a.path) > maxUnixPath {
+		return nil, fmt.Errorf("the path %q has %d bytes; the system takes at most %d", a.path, len(a.path), maxUnixPath)
+	}
+	fresh, err := a.open(e.kind, asked.lc)
+	if err != nil {
+		return nil, err
+	}
+	fresh.beside, fresh.path, fresh.renewed, fresh.inherited = a.path, e.path, true, true
+	e.closeBare()
+	return fresh, nil
+}
+
+// place renames the file of a socket that renew has made to its path. It reports
+// false, and removes the file, if another process's is there.
+func (e *entry) place() bool {
+	beside := e.beside
+	e.beside = ""
+	if isLive(e.path) || os.Rename(beside, e.path) != nil {
+		_ = os.Remove(beside)
+		return false
+	}
+	return true
+}
+
 // lockDir locks a directory against other processes that replace a file in
-// it. If the directory cannot be opened for want of permission, it goes on
-// without a lock.
+// it. It goes on without a lock if the directory cannot be opened for want of
+// permission, or if a process has held the lock for a second: any process that
+// can read the directory could.
 func lockDir(dir string) (unlock func(), err error) {
 	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err == unix.EACCES || err == unix.EPERM {
@@ -189,8 +250,7 @@ func lockDir(dir string) (unlock func(), err error) {
 		}
 		time.Sleep(5 * time.Millisecond) // a lock's end is no event
 	}
-	unlock()
-	return nil, fmt.Errorf("%w: another process has held the lock of %s for a second", os.NewSyscallError("flock", err), dir)
+	return unlock, nil // whatever holds it has nothing to do with sockets
 }
 
 func b2i(b bool) int {

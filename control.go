@@ -146,7 +146,7 @@ func trusted(c *net.UnixConn) error {
 		return err
 	}
 	if uid := os.Geteuid(); cred.UID != 0 && cred.UID != uid {
-		return fmt.Errorf("%w: the peer is a process of user %d; want one of user %d or 0", os.ErrPermission, cred.UID, uid)
+		return fmt.Errorf("%w: the peer is a process of user %d, and this one runs as user %d; want the same user, or root", os.ErrPermission, cred.UID, uid)
 	}
 	return nil
 }

@@ -135,6 +135,7 @@ func New(opts Options) (*Upgrader, error) {
 		process.Store(nil) // nothing was taken: the caller may try again
 	} else {
 		_ = u.Fail(err)
+		u.disinherit() // or clients would connect to sockets on which nobody accepts
 	}
 	return nil, fmt.Errorf("ecdysis: new: %w", err)
 }

@@ -35,7 +35,9 @@ type wire struct {
 	path             string // absolute path of a Unix socket's file; empty if it has none
 	dev, ino         uint64 // of that file when it was bound
 	foreign          bool   // made elsewhere: its file is not the package's to remove
+	renewed          bool   // bound to a name beside path, and renamed
 	size             int64  // of a state
+	gone             bool   // the predecessor does not find its file at path any more
 }
 
 // encode returns w as a record of a SOCKETS frame. Fields are added in later
@@ -62,6 +64,12 @@ func (w *wire) encode() record {
 	if w.foreign {
 		add("foreign", "1")
 	}
+	if w.renewed {
+		add("renewed", "1")
+	}
+	if w.gone {
+		add("gone", "1")
+	}
 	if w.kind == kindState {
 		add("size", strconv.FormatInt(w.size, 10))
 	}
@@ -72,7 +80,7 @@ func (w *wire) encode() record {
 // read, for the error's text.
 func decodeWire(r record) (w wire, err error) {
 	w = wire{kind: r.get("kind"), name: r.get("name"), network: r.get("network"), address: r.get("address"),
-		boundKey: r.get("at"), keep: r.get("keep") == "1", path: r.get("path"), foreign: r.get("foreign") == "1"}
+		boundKey: r.get("at"), keep: r.get("keep") == "1", path: r.get("path"), foreign: r.get("foreign") == "1", renewed: r.get("renewed") == "1", gone: r.get("gone") == "1"}
 	if w.path != "" {
 		var err1, err2 error
 		w.dev, err1 = strconv.ParseUint(r.get("dev"), 10, 64)
@@ -125,6 +133,11 @@ func (w *wire) removeFile() {
 	}
 }
 
+// fileIsGone reports whether no client can connect to an inherited socket,
+// because its file was deleted, or a file that nobody listens to is in its
+// place.
+func (w *wire) fileIsGone() bool { return w.gone && !w.hasFile(w.path) && !isLive(w.path) }
+
 // rename makes path the one by which the file is found, if the file is there
 // and not at the earlier path, which may be that of another mount namespace.
 func (w *wire) rename(path string) {
@@ -157,6 +170,8 @@ type entry struct {
 	wire
 	inherited        bool // not made by this process
 	acceptsUntilDone bool // a control socket that is not paused until the successor serves
+
+	beside string // where the file is that is to be renamed to path; empty if there is none
 
 	// Upgrader.mu guards what follows. While an upgrade runs its entries keep
 	// raw and sock, so that the attempt may use them without the lock.

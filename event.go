@@ -4,6 +4,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // What Options.Notify is told.
@@ -57,7 +58,15 @@ type Event struct {
 	PID        int       // of the process that the event is about; 0 if there is none yet
 	Generation int       // of that process: in an upgrade, the successor's
 	Unclaimed  []string  // EventReady: what was inherited and closed because no call asked for it: "tcp :80", "conn name", "file name", "pair name", "state"
-	Err        error     // EventUpgradeFailed, EventReady, EventAcceptError: what went wrong
+	Rebound    []string  // EventReady: paths of Unix sockets whose files were gone, and that were made anew
+	Lost       []string  // EventReady: paths of Unix sockets at which another process's file is, so that no client reaches this process
+
+	// In an upgrade: what was started, after Prepare, and the time since the
+	// attempt began.
+	Program, Dir string
+	Elapsed      time.Duration
+
+	Err error // EventUpgradeFailed, EventReady, EventAcceptError: what went wrong
 }
 
 // String returns e as a line for a log.
@@ -79,8 +88,24 @@ func (e Event) String() string {
 	if len(e.Unclaimed) > 0 {
 		b.WriteString(" unclaimed=" + strings.Join(e.Unclaimed, ","))
 	}
+	if len(e.Rebound) > 0 {
+		b.WriteString(" rebound=" + strings.Join(e.Rebound, ","))
+	}
+	if len(e.Lost) > 0 {
+		b.WriteString(" lost=" + strings.Join(e.Lost, ","))
+	}
+	if e.Program != "" && e.Kind == EventUpgraded {
+		b.WriteString(" program=" + e.Program)
+		if e.Dir != "" {
+			b.WriteString(" dir=" + e.Dir)
+		}
+		b.WriteString(" after=" + e.Elapsed.Round(time.Millisecond).String())
+	}
 	if e.Err != nil {
 		b.WriteString(": " + e.Err.Error())
 	}
 	return b.String()
 }
+
+// MarshalText returns String's line, so that a log in JSON has the reason, too.
+func (e Event) MarshalText() ([]byte, error) { return []byte(e.String()), nil }

@@ -15,25 +15,51 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What os.Args[0] means can only be told at the start, before the program
-// changes directory.
+// Starting and ending the successor, and what the program was at its own start.
+
+// What the command line means can only be told at the start, before the program
+// changes directory. The strings are copied, because a program that sets its
+// title writes over the system's.
 var (
 	startDir, _ = workingDir()
-	startArg0   = arg0()
+	startArgs   = copyArgs()
+	startArg0   = ownName()
 )
 
-func arg0() string {
-	if len(os.Args) == 0 {
-		return ""
+func copyArgs() []string {
+	args := make([]string, len(os.Args))
+	for i, a := range os.Args {
+		args[i] = strings.Clone(a)
 	}
-	return os.Args[0]
+	return args
+}
+
+// ownName is the name by which this program can be started again: os.Args[0], or
+// the executable's own path if os.Args[0] does not lead to the executable. A
+// supervisor may choose any name.
+func ownName() string {
+	arg0 := ""
+	if len(startArgs) > 0 {
+		arg0 = startArgs[0]
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		return arg0 // the system does not tell
+	}
+	var own, named unix.Stat_t
+	if statExecutable(exe, &own) != nil {
+		return arg0
+	}
+	if file, err := lookUp(arg0); err == nil && unix.Stat(file, &named) == nil && named.Dev == own.Dev && named.Ino == own.Ino {
+		return arg0
+	}
+	return exe
 }
 
 // A child is the successor: the process that Upgrade has started, or one that
 // takes over.
 type child struct {
-	pid  int         // 0: the system does not name it
-	proc *os.Process // nil likewise
+	pid int // 0 if the system does not name it; nothing is known of it then
 	watch
 	sibling bool // it is not this process's own child: its status is another's
 }
@@ -43,7 +69,6 @@ func foundChild(pid int) *child {
 	c := &child{pid: pid, sibling: true}
 	if pid != 0 {
 		c.find(pid)
-		c.proc, _ = os.FindProcess(pid) // which does not fail on these systems
 	}
 	return c
 }
@@ -65,17 +90,23 @@ func (c *child) exited(d time.Duration) bool {
 // defaultCommand is the command by which this process was started.
 func defaultCommand() *Command {
 	c := &Command{Path: startPath(), Env: os.Environ(), Dir: startDir}
-	if len(os.Args) > 0 {
-		c.Args = slices.Clone(os.Args[1:])
+	if len(startArgs) > 0 {
+		c.Args = slices.Clone(startArgs[1:])
 	}
-	if _, err := os.Stat(c.Dir); errors.Is(err, os.ErrNotExist) {
-		c.Dir = "" // deleted: stay where this process is
+	if enterable(c.Dir) != nil {
+		c.Dir = "" // gone, or closed to the user that this process has become
 	}
 	return c
 }
 
-// startPath is what os.Args[0] meant at the start: a name without a slash was
-// looked up in $PATH, and will be again.
+// enterable returns an error that says why a directory cannot be entered.
+func enterable(dir string) error {
+	var st unix.Stat_t
+	return unix.Stat(dir+"/.", &st)
+}
+
+// startPath is what the program's name meant at the start. A name without a
+// slash was looked up in $PATH, and is looked up again.
 func startPath() string {
 	if startDir != "" && strings.Contains(startArg0, "/") && !path.IsAbs(startArg0) {
 		return path.Join(startDir, startArg0)
@@ -92,7 +123,7 @@ func startChild(cmd *Command, streamFD int, peer string) (*child, error) {
 		return nil, err
 	}
 	name := cmd.Path
-	if name == startPath() {
+	if name == startPath() && (cmd.Dir == startDir || path.IsAbs(startArg0) || !strings.Contains(startArg0, "/")) {
 		name = startArg0 // so that its successor, too, looks it up as it was
 	}
 	files := []uintptr{0, 1, 2, uintptr(streamFD)}
@@ -123,6 +154,9 @@ func startChild(cmd *Command, streamFD int, peer string) (*child, error) {
 	argv := append([]string{name}, cmd.Args...)
 	for end := time.Now().Add(time.Second); ; time.Sleep(10 * time.Millisecond) {
 		c.pid, _, err = syscall.StartProcess(program, argv, attr)
+		if (err == syscall.EINVAL || err == syscall.EPERM || err == syscall.ENOSYS) && c.without(attr) {
+			continue // a sandbox may have refused what only makes it easier to watch
+		}
 		// A program that was written a moment ago may still be open for
 		// writing in a process that is just being started elsewhere.
 		if err != syscall.ETXTBSY || time.Now().After(end) {
@@ -130,16 +164,12 @@ func startChild(cmd *Command, streamFD int, peer string) (*child, error) {
 		}
 	}
 	if err != nil {
-		if fi, serr := os.Stat(cmd.Dir); cmd.Dir != "" && (serr != nil || !fi.IsDir()) {
-			return nil, fmt.Errorf("working directory %q: %w", cmd.Dir, err)
+		if cmd.Dir != "" && enterable(cmd.Dir) != nil {
+			return nil, &os.PathError{Op: "chdir", Path: cmd.Dir, Err: err}
 		}
 		return nil, &os.PathError{Op: "fork/exec", Path: program, Err: err}
 	}
 	c.begin(c.pid)
-	c.proc, err = os.FindProcess(c.pid)
-	if err != nil { // not on these systems
-		return nil, err
-	}
 	return c, nil
 }
 
@@ -205,32 +235,38 @@ func inherits(fd int) bool {
 	return err == nil && flags&unix.FD_CLOEXEC == 0
 }
 
-// kill ends c. A process that has ended is no error. A child of this process
-// that was not reaped can be named by its number; of another process the number
-// may be that of a third by now.
+// kill kills c. A process that has ended is no error. It is done by a handle that
+// names the process beyond doubt. By its number it is done only to a child of
+// this process's own that was not reaped.
 func (c *child) kill() error {
 	if c.pid == 0 {
 		return errors.New("the system does not name the process")
 	}
-	if done, err := c.watch.kill(); done {
+	done, err := c.watch.kill()
+	if done {
 		return err
 	}
 	if c.sibling {
-		return errors.New("the process is no child of this one, and the system has no other name for it than its number")
+		return fmt.Errorf("process %d is no child of this one, and the system has refused a handle for it: %w", c.pid, errors.Join(err, errors.ErrUnsupported))
 	}
-	if err := c.proc.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return err
+	if err := unix.Kill(c.pid, unix.SIGKILL); err != nil && err != unix.ESRCH {
+		return os.NewSyscallError("kill", err)
 	}
 	return nil
 }
 
-// wait reaps c, which has exited, and returns how; nil: that is not known.
+// wait reaps c, which has exited, and returns how. It returns nil if that is not
+// known.
 func (c *child) wait() *os.ProcessState {
 	defer c.release()
 	if c.sibling {
 		return nil
 	}
-	state, err := c.proc.Wait()
+	proc, err := os.FindProcess(c.pid) // its number is its own until it is reaped
+	if err != nil {
+		return nil
+	}
+	state, err := proc.Wait()
 	if err != nil { // reaped by another part of the program
 		return nil
 	}
@@ -239,9 +275,7 @@ func (c *child) wait() *os.ProcessState {
 
 // release gives up what the system keeps for c in this process.
 func (c *child) release() {
-	if c.pid == 0 {
-		return
+	if c.pid != 0 {
+		c.watch.close()
 	}
-	c.watch.close()
-	_ = c.proc.Release()
 }

@@ -30,7 +30,7 @@ const (
 	frameSockets = 'S' // old to new: what is handed on; answered by frameAck
 	frameEnd     = 'E' // old to new: that was all
 	frameAck     = 'K' // new to old: a batch has arrived
-	frameReady   = 'R' // new to old: pid, unclaimed
+	frameReady   = 'R' // new to old: pid, unclaimed, label
 	frameFail    = 'F' // new to old: reason, inuse, network, address; old to new, in the place of frameHello: reason
 	frameCommit  = 'C' // old to new: probation; the old process accepts no more
 	frameAbort   = 'A' // old to new: reason; the new process is given up

@@ -557,13 +557,7 @@ func init() {
 func rawMain() {
 	d := &daemon{cmds: make(chan command)}
 	d.dial()
-	var fd int
-	for _, f := range strings.Fields(os.Getenv("ECDYSIS_PARENT")) {
-		if v, ok := strings.CutPrefix(f, "fd="); ok {
-			fd, _ = strconv.Atoi(v)
-		}
-	}
-	f := os.NewFile(uintptr(fd), "")
+	f := os.NewFile(3, "")
 	d.point("raw")
 	for c := range d.cmds {
 		var m message

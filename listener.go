@@ -94,7 +94,7 @@ func (u *Upgrader) ListenWith(lc ListenConfig, network, address string) (net.Lis
 
 // listenOrInherit returns the inherited socket for the address, or a new one.
 func (u *Upgrader) listenOrInherit(lc ListenConfig, kind, network, address string) (pausable, error) {
-	asked := &socketRequest{askedAddr{network, address}, lc.KeepOnStop, lc.Raw}
+	asked := &socketRequest{askedAddr{network, address}, lc}
 	fail := func(a net.Addr, err error) (pausable, error) {
 		return nil, fmt.Errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: network, Addr: a, Err: err})
 	}
@@ -116,7 +116,7 @@ func (u *Upgrader) listenOrInherit(lc ListenConfig, kind, network, address strin
 	}
 	e, err := a.open(kind, lc)
 	if err != nil {
-		return fail(a.addr, err)
+		return fail(a.addr, u.explainInUse(a, err))
 	}
 	if s, err = u.claim(asked, func(*registry) *entry { return e }); err != nil {
 		e.removeFile()
@@ -124,6 +124,24 @@ func (u *Upgrader) listenOrInherit(lc ListenConfig, kind, network, address strin
 		return nil, err
 	}
 	return s, nil
+}
+
+// explainInUse adds to an error which inherited socket is in the way of a new
+// one: that of an address which has changed its width, such as ":80" to
+// "127.0.0.1:80".
+func (u *Upgrader) explainInUse(a *bindAddr, err error) error {
+	if !errors.Is(err, unix.EADDRINUSE) || a.family == unix.AF_UNIX {
+		return err
+	}
+	port := a.key()[strings.LastIndexByte(a.key(), ':'):]
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for _, e := range u.reg.inherited {
+		if typ, isUnix := socketType(e.network); e.isSocket() && !isUnix && typ == a.typ && strings.HasSuffix(e.boundKey, port) {
+			return fmt.Errorf("%w: the predecessor hands on %s, which is in the way; listen on that address until a stop and a start have changed it", err, e.label())
+		}
+	}
+	return err
 }
 
 // check refuses what cannot be meant.
@@ -206,7 +224,13 @@ func (l *listener) public() net.Listener {
 	return l
 }
 
-func (l *listener) Addr() net.Addr { return l.ln.Addr() }
+// Addr returns the listener's address.
+func (l *listener) Addr() net.Addr {
+	if l.e.renewed {
+		return &net.UnixAddr{Net: l.e.network, Name: l.e.address}
+	}
+	return l.ln.Addr()
+}
 
 func (l *listener) SyscallConn() (syscall.RawConn, error) { return l.ln.SyscallConn() }
 

@@ -66,7 +66,8 @@ type Options struct {
 
 	// MaxDraining is how many older generations may still be alive, serving
 	// the clients that they have, when an upgrade begins. With more of them
-	// the upgrade is refused with ErrDraining. Zero means any number.
+	// the upgrade is refused with ErrDraining. Zero means any number, and -1
+	// means that none may be alive.
 	MaxDraining int
 
 	// Prepare is called before a successor is started. It may change the
@@ -74,6 +75,12 @@ type Options struct {
 	// the attempt. In a takeover nothing is started: the Command is zero, and
 	// changing it has no effect.
 	Prepare func(*Command) error
+
+	// Unclaimed is called when a successor is ready, before this process pauses,
+	// with what the successor has not asked for and will close. The names are
+	// those of Event.Unclaimed. It is not called if there are none. Its error
+	// ends the attempt. It can keep a wrong program from taking over.
+	Unclaimed func(names []string) error
 
 	// SendState writes what the successor reads with State. Only memory limits
 	// its size: on Linux it is held in memory charged to this process,
@@ -149,8 +156,8 @@ func (o Options) check() (Options, error) {
 	if o.Probation < 0 {
 		return o, fmt.Errorf("the Probation is %v; want 0 (for none) or more", o.Probation)
 	}
-	if o.MaxDraining < 0 {
-		return o, fmt.Errorf("MaxDraining is %d; want 0 (for any number) or more", o.MaxDraining)
+	if o.MaxDraining < -1 {
+		return o, fmt.Errorf("MaxDraining is %d; want -1 (for none), 0 (for any number) or more", o.MaxDraining)
 	}
 	if err := o.checkPaths(); err != nil {
 		return o, err

@@ -52,20 +52,39 @@ func newPredecessor(s *stream) *predecessor {
 	return p
 }
 
+// inheritance is what a predecessor has set for this process. It is taken when
+// the package is initialised, so that no program that this process starts takes
+// it for its own: the variable is unset, and the descriptor close-on-exec.
+var inheritance, isSuccessor = takeInheritance()
+
+func takeInheritance() (value string, ok bool) {
+	if value, ok = os.LookupEnv(envName); !ok {
+		return "", false
+	}
+	_ = os.Unsetenv(envName) // fails only for names that it refuses
+	if fd, err := strconv.Atoi(record(strings.Split(value, " ")).get("fd")); err == nil && fd >= 3 {
+		unix.CloseOnExec(fd)
+	}
+	return strings.Clone(value), true
+}
+
+// Successor reports whether a predecessor has started this process by an
+// upgrade. It can be called before New. A process that takes over at
+// Options.TakeoverSocket is not a successor in this sense.
+//
+// What the predecessor hands on is taken when the package is initialised, and is
+// lost to a program that executes itself anew before New.
+func Successor() bool { return isSuccessor }
+
 // openInheritance returns the stream to the process that has started this one,
-// or nil if it was not started as a successor. It takes the variable out of
-// the environment.
+// or nil if it was not started as a successor.
 func openInheritance() (*stream, error) {
-	value, ok := os.LookupEnv(envName)
-	if !ok {
+	if !isSuccessor {
 		return nil, nil
 	}
-	if err := os.Unsetenv(envName); err != nil {
-		return nil, err
-	}
-	s, err := openStream(value)
+	s, err := openStream(inheritance)
 	if err != nil {
-		return nil, fmt.Errorf("the environment variable %s is %q; want what an upgrading process sets for its successor: %w", envName, value, err)
+		return nil, fmt.Errorf("the environment variable %s is %q; want what an upgrading process sets for its successor: %w", envName, inheritance, err)
 	}
 	return s, nil
 }
@@ -125,19 +144,11 @@ func (p *predecessor) hello() (frame, error) {
 	return f, checkHello(f)
 }
 
-// awaitCommit sends READY, with the paths of the sockets that nobody has asked
-// for, and returns when the predecessor has sent COMMIT or has ended (orphan).
-// It returns ErrStopped soon after mustStop reports true.
-func (p *predecessor) awaitCommit(unclaimed []string, mustStop func() bool) (orphan bool, err error) {
-	r := record{"pid=" + strconv.Itoa(os.Getpid())}
-	size := 0
-	for _, path := range unclaimed {
-		size += len(path) + 16
-		if size > maxFrame/2 {
-			break // the files of the others stay, and are found stale
-		}
-		r = append(r, "unclaimed="+path)
-	}
+// awaitCommit sends READY, with what no call has asked for, and returns when the
+// predecessor has sent COMMIT or has ended (orphan). It returns ErrStopped soon
+// after mustStop reports true.
+func (p *predecessor) awaitCommit(unclaimed record, mustStop func() bool) (orphan bool, err error) {
+	r := append(record{"pid=" + strconv.Itoa(os.Getpid())}, unclaimed...)
 	if err := p.s.send(frameReady, []record{r}, nil); err != nil && err != io.EOF {
 		return false, fmt.Errorf("ecdysis: ready: %w", err)
 	}

@@ -58,7 +58,7 @@ func (u *Upgrader) becomeServing() error {
 	}
 	orphan := false
 	if !u.first() {
-		if orphan, err = u.pred.awaitCommit(u.unclaimedPaths(), u.mustStop); err != nil {
+		if orphan, err = u.pred.awaitCommit(u.unclaimedRecord(), u.mustStop); err != nil {
 			pidFile.discard()
 			return err
 		}
@@ -73,6 +73,7 @@ func (u *Upgrader) becomeServing() error {
 		}
 		event.Err = err // it is too late to fail, because nobody else serves
 	}
+	event.Rebound, event.Lost = u.placeFiles()
 	u.notify(event)
 	if u.first() && u.mustStop() {
 		return ErrStopped
@@ -106,6 +107,7 @@ func (u *Upgrader) notReady(err error) error {
 	u.life.readyFailed(u.first())
 	u.mu.Unlock()
 	u.releaseStops()
+	u.removeBeside()
 	if !u.first() {
 		u.pred.s.sendFail(err)
 	}

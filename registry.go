@@ -5,6 +5,7 @@ package ecdysis
 import (
 	"fmt"
 	"net"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -272,14 +273,27 @@ func (u *Upgrader) claim(asked *socketRequest, find func(*registry) *entry) (pau
 	if e == nil {
 		return nil, nil
 	}
+	if asked != nil && e.inherited && e.fileIsGone() {
+		// What follows looks at files, and may wait.
+		u.mu.Unlock()
+		fresh, err := renew(asked, e)
+		u.mu.Lock()
+		if err == nil {
+			err = u.life.mayAdd()
+		}
+		if err != nil {
+			e.closeBare()
+			return nil, fmt.Errorf("ecdysis: the file %s is gone, and a new socket cannot take its place: %w", e.path, err)
+		}
+		e = fresh
+	}
 	return u.register(asked, e)
 }
 
 // A socketRequest is what a call of Listen or ListenPacket asks for.
 type socketRequest struct {
 	askedAddr
-	keep bool // ListenConfig.KeepOnStop
-	raw  bool // ListenConfig.Raw
+	lc ListenConfig
 }
 
 // register makes e a socket that is handed on, and opens it if this process
@@ -287,11 +301,11 @@ type socketRequest struct {
 // held.
 func (u *Upgrader) register(asked *socketRequest, e *entry) (pausable, error) {
 	if asked != nil {
-		e.network, e.address, e.keep = asked.network, asked.address, asked.keep
+		e.network, e.address, e.keep = asked.network, asked.address, asked.lc.KeepOnStop
 	}
 	var err error
 	switch {
-	case asked != nil && asked.raw:
+	case asked != nil && asked.lc.Raw:
 		err = newRawUDP(e)
 	case e.kind == kindPacket:
 		err = newPacketConn(u, e)
@@ -380,17 +394,60 @@ func (u *Upgrader) unclaimed() []string {
 	return names
 }
 
-// unclaimedPaths lists the files of the sockets that no call has asked for.
-func (u *Upgrader) unclaimedPaths() []string {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	var paths []string
-	for _, e := range u.reg.unclaimed() {
-		if e.path != "" {
-			paths = append(paths, e.path)
+// unclaimedRecord tells the predecessor what no call has asked for: the files of
+// sockets, which it removes, and the names of all of it, as many as there is
+// room for.
+func (u *Upgrader) unclaimedRecord() (r record) {
+	size := 0
+	add := func(key, value string) {
+		if size += len(key) + len(value) + 4; size < maxFrame/2 {
+			r = append(r, key+"="+value)
 		}
 	}
-	return paths
+	u.mu.Lock()
+	for _, e := range u.reg.unclaimed() {
+		if e.path != "" {
+			add("unclaimed", e.path)
+		}
+	}
+	u.mu.Unlock()
+	for _, name := range u.unclaimed() {
+		add("label", name)
+	}
+	return r
+}
+
+// placeFiles moves the files of the sockets that renew has made into their
+// places. It returns the paths at which clients find this process again, and
+// those at which they find another one.
+func (u *Upgrader) placeFiles() (rebound, lost []string) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for _, e := range u.reg.entries {
+		switch {
+		case e.beside != "":
+			if e.place() {
+				rebound = append(rebound, e.path)
+			} else {
+				lost = append(lost, e.path)
+			}
+		case e.gone && !e.hasFile(e.path):
+			lost = append(lost, e.path)
+		}
+	}
+	return rebound, lost
+}
+
+// removeBeside removes the files that renew has made, if they are not in their
+// places.
+func (u *Upgrader) removeBeside() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for _, e := range u.reg.entries {
+		if e.beside != "" {
+			_ = os.Remove(e.beside)
+		}
+	}
 }
 
 // acceptErrorInterval is how often EventAcceptError may be told.

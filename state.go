@@ -3,7 +3,6 @@
 package ecdysis
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -161,11 +160,10 @@ func MemoryFile() (*os.File, error) {
 }
 
 func memoryFile() (*os.File, error) {
-	f, err := memfd()
-	if errors.Is(err, errors.ErrUnsupported) {
-		f, err = unlinkedFile()
+	if f, err := memfd(); err == nil {
+		return f, nil
 	}
-	return f, err
+	return unlinkedFile() // the system has none, or a sandbox denies it
 }
 
 func unlinkedFile() (*os.File, error) {

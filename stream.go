@@ -395,5 +395,22 @@ func (s *stream) sendFail(reason error) {
 			}
 		}
 	}
-	_ = s.send(frameFail, []record{r}, nil) // fails only if the predecessor is gone
+	if s.send(frameFail, []record{r}, nil) == nil { // fails only if the predecessor is gone
+		s.finishSending(time.Now().Add(time.Second))
+	}
+}
+
+// finishSending waits until the system has taken what was sent, or until the
+// deadline: the process may exit when it returns. Room in the system's buffer
+// wakes it.
+func (s *stream) finishSending(deadline time.Time) {
+	if s.conn.SetWriteDeadline(deadline) != nil {
+		return
+	}
+	_ = s.raw.Write(func(uintptr) bool {
+		s.wmu.Lock()
+		defer s.wmu.Unlock()
+		return s.flush() != errAgain
+	})
+	_ = s.conn.SetWriteDeadline(time.Time{})
 }

@@ -519,7 +519,7 @@ func TestProgramCannotRun(t *testing.T) {
 		{"directory", func(t *testing.T, dir string) *ecdysis.Command { return &ecdysis.Command{Path: dir} },
 			want{step: "start", is: "permission"}},
 		{"missing working directory", func(t *testing.T, dir string) *ecdysis.Command { return &ecdysis.Command{Dir: dir + "/none"} },
-			want{step: "start", is: "not exist", text: "working directory"}},
+			want{step: "start", is: "not exist", text: "chdir "}},
 		{"true", func(t *testing.T, dir string) *ecdysis.Command { return &ecdysis.Command{Path: "/bin/true"} },
 			want{step: "init", is: "unexpected EOF", how: "exit status 0"}},
 		{"false, in PATH", func(t *testing.T, dir string) *ecdysis.Command { return &ecdysis.Command{Path: "false"} },

@@ -78,6 +78,12 @@ func (w *watch) prepare(attr *syscall.ProcAttr, sibling bool) error {
 	return nil
 }
 
+// without reports whether there was anything in attr that a sandbox may refuse.
+func (w *watch) without(*syscall.ProcAttr) bool { return false }
+
+// statExecutable tells which file this process runs.
+func statExecutable(exe string, st *unix.Stat_t) error { return unix.Stat(exe, st) }
+
 // begin begins to watch a child.
 func (w *watch) begin(pid int) {
 	if !w.register(pid) {

@@ -79,6 +79,13 @@ func (w *watch) prepare(attr *syscall.ProcAttr, sibling bool) error {
 	return nil
 }
 
+// without takes the pidfd out of attr, and reports whether there was one.
+func (w *watch) without(attr *syscall.ProcAttr) bool {
+	had := attr.Sys.PidFD != nil
+	attr.Sys.PidFD, w.pidfd = nil, -1
+	return had
+}
+
 func (w *watch) begin(pid int) { w.pid = pid }
 
 // find begins to watch a process that is not a child.
@@ -120,8 +127,8 @@ func (w *watch) exited(d time.Duration) bool {
 	}
 }
 
-// kill ends the process, if it can name it beyond doubt; otherwise the caller
-// does.
+// kill kills the process by its pidfd. It reports false if there is none, or if
+// a sandbox denies the call.
 func (w *watch) kill() (done bool, err error) {
 	if w.pidfd < 0 {
 		return false, nil
@@ -130,7 +137,15 @@ func (w *watch) kill() (done bool, err error) {
 	if err == unix.ESRCH { // it has ended
 		err = nil
 	}
-	return true, os.NewSyscallError("pidfd_send_signal", err)
+	return err == nil, os.NewSyscallError("pidfd_send_signal", err)
+}
+
+// statExecutable tells which file this process runs, also if it was replaced.
+func statExecutable(exe string, st *unix.Stat_t) error {
+	if err := unix.Stat("/proc/self/exe", st); err == nil {
+		return nil
+	}
+	return unix.Stat(exe, st)
 }
 
 func (w *watch) close() {

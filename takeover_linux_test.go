@@ -48,12 +48,12 @@ func TestTakeoverStranger(t *testing.T) {
 		is, says      string
 		told          bool // by the one that serves
 	}{
-		"by name":             {0, 65534, true, 0, "", "refuses: permission denied: the peer is a process of user 65534; want one of user 0", true},
-		"open to all":         {0, 65534, false, 0o666, "", "refuses: permission denied: the peer is a process of user 65534; want one of user 0", true},
+		"by name":             {0, 65534, true, 0, "", "refuses: permission denied: the peer is a process of user 65534, and this one runs as user 0", true},
+		"open to all":         {0, 65534, false, 0o666, "", "refuses: permission denied: the peer is a process of user 65534, and this one runs as user 0", true},
 		"by file":             {0, 65534, false, 0o600, "permission", "connect: permission denied", false},
-		"another's":           {65533, 65534, true, 0, "permission", "the peer is a process of user 65533; want one of user 65534 or 0", false},
-		"root from a user":    {65533, 0, true, 0, "permission", "the peer is a process of user 65533; want one of user 0", false},
-		"root from a file of": {65533, 0, false, 0o600, "permission", "the peer is a process of user 65533; want one of user 0", false},
+		"another's":           {65533, 65534, true, 0, "permission", "the peer is a process of user 65533, and this one runs as user 65534", false},
+		"root from a user":    {65533, 0, true, 0, "permission", "the peer is a process of user 65533, and this one runs as user 0", false},
+		"root from a file of": {65533, 0, false, 0o600, "permission", "the peer is a process of user 65533, and this one runs as user 0", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

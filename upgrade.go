@@ -60,7 +60,7 @@ func (u *Upgrader) beginUpgrade(t trigger) error {
 	if !independent {
 		return ErrInProgress
 	}
-	if n, limit := u.reg.forgetGone(), u.opts.MaxDraining; limit > 0 && n > limit {
+	if n, limit := u.reg.forgetGone(), u.opts.MaxDraining; limit != 0 && n > max(limit, 0) {
 		return fmt.Errorf("%w: %d are alive, and Options.MaxDraining is %d", ErrDraining, n, limit)
 	}
 	return u.life.beginUpgrade(t.taker != nil)
@@ -73,6 +73,7 @@ const (
 	stagePrepare   stage = iota // nothing was started
 	stageStart                  // sockets cannot be added any more
 	stageInit                   // the successor runs
+	stageReady                  // it has sent READY
 	stagePaused                 // the listeners are paused
 	stageHandover               // EventHandover was told
 	stageCommitted              // COMMIT may have been sent: the successor may serve at any moment
@@ -99,6 +100,9 @@ type attempt struct {
 	u *Upgrader
 	trigger
 	stage stage
+	began time.Time
+
+	program, dir string // what was started
 
 	s     *stream
 	child *child // the successor; one that takes over is not a child of this process
@@ -111,11 +115,12 @@ type attempt struct {
 	endSent   bool
 
 	// From READY.
-	readyPID     int         // the process that sent it; 0 before
-	ownPID       int         // what that process takes its ID for: another number in another PID namespace
-	wrapped      bool        // it is not the process that was started
-	readyProcess *os.Process // it, if it is another one and the system names it
-	unclaimed    []string    // paths that the successor does not want
+	readyPID     int      // the process that sent it; 0 before
+	ownPID       int      // what that process takes its ID for: another number in another PID namespace
+	wrapped      bool     // it is not the process that was started
+	readyProcess *child   // it, if it is another one and the system names it
+	unclaimed    []string // paths that the successor does not want
+	labels       []string // all that it does not want
 
 	bye bool // the successor was stopped, and did not fail
 }
@@ -124,6 +129,7 @@ type attempt struct {
 func (a *attempt) event(kind EventKind) Event {
 	e := a.trigger.event(kind)
 	e.PID, e.Generation = a.pid(), a.u.generation+1
+	e.Program, e.Dir, e.Elapsed = a.program, a.dir, time.Since(a.began)
 	return e
 }
 
@@ -137,7 +143,7 @@ func (a *attempt) pid() int {
 // attempt makes the upgrade that beginUpgrade has let begin, and tells how it
 // went.
 func (u *Upgrader) attempt(t trigger) error {
-	a := &attempt{u: u, trigger: t}
+	a := &attempt{u: u, trigger: t, began: time.Now()}
 	returned := false
 	defer u.stopPending()
 	defer func() {
@@ -185,6 +191,12 @@ func (a *attempt) run() error {
 		return err
 	}
 	a.closeState()
+	a.stage = stageReady
+	if hook := a.u.opts.Unclaimed; hook != nil && len(a.labels) > 0 {
+		if err := hook(a.labels); err != nil {
+			return fmt.Errorf("Options.Unclaimed: %w", err)
+		}
+	}
 	if err := a.handOver(); err != nil {
 		return err
 	}
@@ -226,6 +238,9 @@ func (a *attempt) start(cmd *Command) error {
 	}
 	a.handed = u.reg.takeForUpgrade()
 	u.mu.Unlock()
+	for _, e := range a.handed {
+		e.gone = e.path != "" && !e.foreign && !e.hasFile(e.path)
+	}
 	if a.state != nil { // first, so that it is there if this process dies early
 		a.rest = append(a.rest, a.state)
 	}
@@ -285,13 +300,17 @@ func (a *attempt) takeReady(f frame) (err error) {
 	}
 	a.readyPID, a.wrapped = pid, a.child.pid != 0 && pid != a.child.pid
 	if a.wrapped && a.s.sender != 0 {
-		if a.readyProcess, err = os.FindProcess(pid); err != nil {
-			return err
+		a.readyProcess = foundChild(pid)
+		if a.s.atEnd() { // if not, the process that was found is the one that has sent READY
+			return io.ErrUnexpectedEOF
 		}
 	}
 	for _, field := range f.records[0] {
 		if path, ok := strings.CutPrefix(field, "unclaimed="); ok {
 			a.unclaimed = append(a.unclaimed, path)
+		}
+		if name, ok := strings.CutPrefix(field, "label="); ok {
+			a.labels = append(a.labels, name)
 		}
 	}
 	return nil
@@ -461,10 +480,12 @@ func (a *attempt) await(deadline time.Time) (frame, error) {
 // ended reports whether the successor is gone, even if a process that it left
 // behind holds its end of the stream open.
 func (a *attempt) ended() bool {
-	if !a.child.watched() { // the stream is all that can be seen of it
+	switch {
+	case a.readyProcess != nil && a.readyProcess.exited(0):
+		return true // whatever the wrapper, or a process that it left behind, does
+	case !a.child.watched(): // the stream is all that can be seen of it
 		return a.s.atEnd()
-	}
-	if !a.child.exited(0) {
+	case !a.child.exited(0):
 		return false
 	}
 	return !a.wrapped || a.s.atEnd()

@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Giving an attempt up: ending the successor, taking the sockets back, and
@@ -29,6 +31,7 @@ func (a *attempt) fail(err error) error {
 			ue.Err = fmt.Errorf("%w (then this process's own %w)", ue.Err, perr)
 		}
 	}
+	a.removeBeside()
 	a.releaseReadyProcess()
 	a.closeState()
 	if a.s != nil {
@@ -52,6 +55,24 @@ func (a *attempt) restorePIDFile() error {
 	}
 	pidFile{temp: tempPIDFile(path, cmp.Or(a.ownPID, a.pid())), path: path}.discard()
 	return a.u.restorePIDFile()
+}
+
+// removeBeside removes what a killed successor has left beside the files of
+// Unix sockets.
+func (a *attempt) removeBeside() {
+	if a.child == nil {
+		return
+	}
+	pid := cmp.Or(a.ownPID, a.pid())
+	for _, e := range a.handed {
+		var st unix.Stat_t
+		if e.path == "" || e.foreign {
+			continue
+		}
+		if beside := besidePath(e.path, pid); unix.Lstat(beside, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFSOCK {
+			_ = os.Remove(beside)
+		}
+	}
 }
 
 // resume lets this process serve as before.
@@ -122,7 +143,7 @@ func (a *attempt) awaitEnd() {
 func (a *attempt) kill() error {
 	err := a.child.kill()
 	if a.readyProcess != nil {
-		if kerr := a.readyProcess.Kill(); kerr != nil && !errors.Is(kerr, os.ErrProcessDone) {
+		if kerr := a.readyProcess.kill(); kerr != nil {
 			err = kerr
 		}
 	}
@@ -131,7 +152,7 @@ func (a *attempt) kill() error {
 
 func (a *attempt) releaseReadyProcess() {
 	if a.readyProcess != nil {
-		_ = a.readyProcess.Release()
+		a.readyProcess.release()
 	}
 }
 

@@ -35,6 +35,7 @@ func (a *attempt) startChild(cmd *Command) error {
 	if err != nil {
 		return err
 	}
+	a.program, a.dir = cmd.Path, cmd.Dir
 	env := "pid=" + strconv.Itoa(os.Getpid()) + " uid=" + strconv.Itoa(os.Geteuid())
 	a.child, err = startChild(cmd, fds[1], env)
 	return err

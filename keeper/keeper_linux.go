@@ -14,11 +14,11 @@ import (
 	"syscall"
 	"unsafe"
 
+	"github.com/ecdysis-go/ecdysis"
 	"golang.org/x/sys/unix"
 )
 
 const (
-	parentVar  = "ECDYSIS_PARENT" // by which a successor finds its older process
 	keeperVar  = "ECDYSIS_KEEPER" // by which a keeper's program and its child know what they are
 	childRole  = "child gate=%d"
 	keeperRole = "keeper group=%d youngest=%d dir=%d signals=%d gate=%d"
@@ -56,7 +56,7 @@ type keeper struct {
 func stay(pidFile string) error {
 	role := os.Getenv(keeperVar)
 	_ = os.Unsetenv(keeperVar)
-	if _, ok := os.LookupEnv(parentVar); ok {
+	if ecdysis.Successor() {
 		return nil
 	}
 	k := &keeper{pidFile: pidFile}

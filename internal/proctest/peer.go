@@ -10,11 +10,12 @@ import (
 	"os"
 	"os/exec"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/ecdysis-go/ecdysis"
 )
 
 // A Record is the fields, "key=value", of one record of a frame.
@@ -183,20 +184,14 @@ func (p *Peer) HungUp() {
 
 // inheritedStream is a Raw process's stream to its predecessor.
 func inheritedStream() net.Conn {
-	for _, f := range strings.Fields(os.Getenv("ECDYSIS_PARENT")) {
-		if v, ok := strings.CutPrefix(f, "fd="); ok {
-			fd, err := strconv.Atoi(v)
-			if err != nil {
-				exit(err)
-			}
-			f := os.NewFile(uintptr(fd), "")
-			c, err := net.FileConn(f)
-			if err != nil {
-				exit(err)
-			}
-			f.Close()
-			return c
+	if ecdysis.Successor() {
+		f := os.NewFile(3, "") // the package has taken the variable, and not opened the descriptor
+		c, err := net.FileConn(f)
+		if err != nil {
+			exit(err)
 		}
+		f.Close()
+		return c
 	}
 	return nil
 }
