@@ -69,7 +69,7 @@ type Event struct {
 	Err error // EventUpgradeFailed, EventReady, EventAcceptError: what went wrong
 }
 
-// String returns e as a line for a log.
+// String returns e as a line for a log. It leaves out Program, Dir and Elapsed.
 func (e Event) String() string {
 	var b strings.Builder
 	b.WriteString(string(e.Kind))
@@ -93,13 +93,6 @@ func (e Event) String() string {
 	}
 	if len(e.Lost) > 0 {
 		b.WriteString(" lost=" + strings.Join(e.Lost, ","))
-	}
-	if e.Program != "" && e.Kind == EventUpgraded {
-		b.WriteString(" program=" + e.Program)
-		if e.Dir != "" {
-			b.WriteString(" dir=" + e.Dir)
-		}
-		b.WriteString(" after=" + e.Elapsed.Round(time.Millisecond).String())
 	}
 	if e.Err != nil {
 		b.WriteString(": " + e.Err.Error())
