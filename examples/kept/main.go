@@ -2,7 +2,9 @@
 // supervisors that know one process. It sends back what its clients send, is
 // replaced on SIGHUP and stopped by SIGTERM or Ctrl-C. A generation that was
 // replaced or stopped serves its clients for -drain at most, because the keeper
-// and its container live as long as any generation.
+// and its container live as long as any generation. With -takeover the next
+// container, or the keeper that a supervisor starts after it has killed one,
+// takes over from the generation that still serves.
 package main
 
 import (
@@ -12,6 +14,7 @@ import (
 	"log"
 	"net"
 	"os"
+	"os/signal"
 	"syscall"
 	"time"
 
@@ -23,13 +26,18 @@ import (
 func main() {
 	address := flag.String("tcp", ":7000", "TCP `address` to listen on")
 	pidFile := flag.String("pidfile", "/kept.pid", "`path` of the PID file")
+	takeover := flag.String("takeover", "", "`path` of the socket by which another process takes over; empty: none")
 	limit := flag.Duration("drain", 30*time.Second, "longest `time` to serve connected clients after the end of accepting")
 	flag.Parse()
+	// A supervisor that has lost its keeper reads the log no more. Without this
+	// the next line would end the service.
+	signal.Ignore(syscall.SIGPIPE)
 	if err := keeper.Stay(*pidFile); err != nil {
 		log.Fatal(err)
 	}
 	u, err := ecdysis.New(ecdysis.Options{
 		PIDFile:        *pidFile,
+		TakeoverSocket: *takeover,
 		UpgradeSignals: []os.Signal{syscall.SIGHUP},
 		StopSignals:    []os.Signal{syscall.SIGTERM, os.Interrupt},
 		Prepare: func(c *ecdysis.Command) error {

@@ -29,7 +29,7 @@ func start(t *testing.T, args ...string) (p *proctest.Program, addr string) {
 	return p, addr
 }
 
-func signal(t *testing.T, p *proctest.Program, s os.Signal) {
+func send(t *testing.T, p *proctest.Program, s os.Signal) {
 	t.Helper()
 	if err := p.Cmd.Process.Signal(s); err != nil {
 		t.Fatal(err)
@@ -43,9 +43,9 @@ func stop(t *testing.T, p *proctest.Program) {
 	if err := os.Rename(p.Cmd.Path, p.Cmd.Path+".away"); err != nil {
 		t.Fatal(err)
 	}
-	signal(t, p, syscall.SIGHUP)
+	send(t, p, syscall.SIGHUP)
 	p.Await(`upgrade failed by signal hangup: .* failed at start`)
-	signal(t, p, syscall.SIGTERM)
+	send(t, p, syscall.SIGTERM)
 	p.Await(`stopping by signal terminated`)
 }
 
@@ -81,7 +81,7 @@ func TestClientsAreServed(t *testing.T) {
 	t.Parallel()
 	p, addr := start(t)
 	held := dial(t, addr)
-	signal(t, p, syscall.SIGHUP)
+	send(t, p, syscall.SIGHUP)
 	second := p.Ready(1)
 	p.Await(fmt.Sprintf(`upgraded by signal hangup: pid=%d `, second.Pid))
 	echo(t, held, "after the upgrade")
@@ -104,7 +104,7 @@ func TestDrainIsBounded(t *testing.T) {
 	p, addr := start(t, "-drain", bound.String())
 	held := dial(t, addr)
 	began := time.Now()
-	signal(t, p, syscall.SIGHUP)
+	send(t, p, syscall.SIGHUP)
 	second := p.Ready(1)
 	p.Await(fmt.Sprintf(`upgraded by signal hangup: pid=%d `, second.Pid))
 	if _, err := held.Read(make([]byte, 1)); err != io.EOF {

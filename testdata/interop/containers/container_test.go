@@ -294,7 +294,7 @@ type echoes struct {
 	err    error
 }
 
-func startEchoes(t testing.TB, address string, clients int) *echoes {
+func startEchoes(t testing.TB, dial func() (net.Conn, error), clients int) *echoes {
 	e := &echoes{t: t, stop: make(chan struct{})}
 	for range clients {
 		e.wg.Go(func() {
@@ -304,7 +304,7 @@ func startEchoes(t testing.TB, address string, clients int) *echoes {
 					return
 				default:
 				}
-				if err := echo(address); err != nil {
+				if err := echo(dial); err != nil {
 					e.failed.Add(1)
 					e.first.Do(func() { e.err = err })
 				} else {
@@ -317,8 +317,8 @@ func startEchoes(t testing.TB, address string, clients int) *echoes {
 	return e
 }
 
-func echo(address string) error {
-	c, err := net.DialTimeout("tcp", address, proctest.Patience)
+func echo(dial func() (net.Conn, error)) error {
+	c, err := dial()
 	if err != nil {
 		return err
 	}

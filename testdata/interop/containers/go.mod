@@ -8,6 +8,6 @@ require (
 	github.com/opencontainers/runtime-spec v1.2.1
 )
 
-require golang.org/x/sys v0.47.0 // indirect
+require golang.org/x/sys v0.47.0
 
 replace github.com/ecdysis-go/ecdysis => ../../..

@@ -19,12 +19,7 @@ func initProcess(name string, args ...string) change {
 			missing(c.t, err)
 		}
 		c.Process.Args = append(append([]string{path}, args...), c.Process.Args...)
-		for _, dir := range []string{"/usr", "/lib", "/lib64"} {
-			if exists(dir) {
-				c.bind(dir, dir)
-				c.Mounts[len(c.Mounts)-1].Options = []string{"rbind", "ro"}
-			}
-		}
+		userland(c)
 	}
 }
 
@@ -41,7 +36,7 @@ func TestInit(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			k := keep(t, hardened, as)
-			e := startEchoes(t, k.address, 4)
+			e := startEchoes(t, k.dial, 4)
 			for i := 1; i <= 3; i++ {
 				e.more(20)
 				install(t, program(t, "kept"), k.c.file("vol/kept"))

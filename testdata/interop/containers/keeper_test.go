@@ -85,7 +85,7 @@ func TestKeeper(t *testing.T) {
 			t.Parallel()
 			k := keep(t, changes...)
 			pid := k.c.pid()
-			e := startEchoes(t, k.address, 4)
+			e := startEchoes(t, k.dial, 4)
 			for i := 1; i <= 10; i++ {
 				e.more(20)
 				if i%2 == 0 {
@@ -179,10 +179,14 @@ func children(pid int) (list []string) {
 	return list
 }
 
+func (k *kept) dial() (net.Conn, error) {
+	return net.DialTimeout("tcp", k.address, proctest.Patience)
+}
+
 // client connects, and is served.
 func (k *kept) client() net.Conn {
 	k.T.Helper()
-	c, err := net.Dial("tcp", k.address)
+	c, err := k.dial()
 	if err != nil {
 		k.T.Fatal(err)
 	}
@@ -201,7 +205,7 @@ func (k *kept) answers(c net.Conn) {
 // refuses fails the test if anybody listens.
 func (k *kept) refuses() {
 	k.T.Helper()
-	if err := echo(k.address); !errors.Is(err, syscall.ECONNREFUSED) {
+	if err := echo(k.dial); !errors.Is(err, syscall.ECONNREFUSED) {
 		k.T.Fatalf("a new client: %v; want that it is refused", err)
 	}
 }
@@ -315,7 +319,7 @@ func TestKeeperStalePIDFile(t *testing.T) {
 		}
 		k.start()
 		k.serves()
-		e := startEchoes(t, k.address, 2)
+		e := startEchoes(t, k.dial, 2)
 		for i := 1; i <= 3; i++ {
 			e.more(5)
 			k.upgrade(i)
