@@ -485,7 +485,11 @@ func TestClientSendsGarbage(t *testing.T) {
 	t.Parallel()
 	p := proctest.Start(t, proctest.Triggered, proctest.Triggered.Hold(proctest.AtNew), proctest.Triggered)
 	c := p.Chain
-	garbage := bytes.Repeat([]byte("GET / HTTP/1.1\r\n\x00\xff"), 1000)
+	times := 1000
+	if runtime.GOOS != "linux" {
+		times = 200 // NetBSD keeps 4096 bytes until they are read
+	}
+	garbage := bytes.Repeat([]byte("GET / HTTP/1.1\r\n\x00\xff"), times)
 	send := func(socket string) *proctest.Client {
 		t.Helper()
 		client := proctest.Connect(t, c.Path(socket))
@@ -523,7 +527,10 @@ func TestClientSendsGarbage(t *testing.T) {
 // A thousand clients send nothing, at each socket.
 func TestSilentClients(t *testing.T) {
 	t.Parallel()
-	const many = 1000
+	many := 1000
+	if runtime.GOOS != "linux" {
+		many = 100 // the queue of a Unix socket has room for 193
+	}
 	crowd := func(t *testing.T, path string) []*proctest.Client {
 		t.Helper()
 		list := make([]*proctest.Client, many)
