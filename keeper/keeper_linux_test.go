@@ -416,7 +416,14 @@ func TestDraining(t *testing.T) {
 	request("upgrade")
 	last, _ := r.serving()
 	r.idle()
-	request("stop")
+	stop, err := net.Dial("unix", filepath.Join(r.dir, "stop"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop.Close()
+	if _, err := bufio.NewReader(stop).ReadString('\n'); err != nil { // the answer; the connection ends with the process
+		t.Fatal(err)
+	}
 	if got := r.reached(syscall.SIGUSR1); got != last {
 		t.Fatalf("signal reached %s; want %s, which drains", got, last)
 	}
