@@ -28,7 +28,6 @@ import (
 	"net"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 )
 
@@ -405,15 +404,8 @@ func passes(err error) bool {
 		Temporary() bool
 		Timeout() bool
 	}
-	if errors.As(err, &t) && t.Temporary() && !t.Timeout() {
-		return true // EMFILE, ENFILE, and what other listeners say
-	}
-	var errno syscall.Errno
-	return errors.As(err, &errno) && slices.Contains(passing, errno)
-}
-
-var passing = []syscall.Errno{
-	syscall.ECONNABORTED, syscall.ECONNRESET, syscall.ENOBUFS, syscall.ENOMEM, syscall.EPROTO,
+	return errors.As(err, &t) && t.Temporary() && !t.Timeout() || // EMFILE, ENFILE, and what other listeners say
+		slices.ContainsFunc(passing, func(e error) bool { return errors.Is(err, e) })
 }
 
 // Accept is for libraries. It does not fail because of Shutdown.
