@@ -472,3 +472,38 @@ func TestUnregisteredConnections(t *testing.T) {
 		}
 	}
 }
+
+// A reason that is longer than the stream's buffer is sent whole.
+func TestLongReason(t *testing.T) {
+	fds, err := socketpair(unix.SOCK_STREAM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUF, 4096); err != nil {
+		t.Fatal(err)
+	}
+	s, err := newStream(fds[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	peer, err := newStream(fds[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.close()
+	reason := strings.Repeat("x", 30<<10)
+	sent := make(chan struct{})
+	go func() {
+		defer close(sent)
+		s.sendFail(errors.New(reason))
+	}()
+	f, err := peer.read(time.Now().Add(20 * time.Second))
+	if err != nil || f.first("reason") != reason {
+		t.Errorf("%d bytes of the reason have come, %v; want %d", len(f.first("reason")), err, len(reason))
+	}
+	<-sent
+	if len(s.out) > 0 {
+		t.Errorf("%d bytes were not sent when sendFail returned", len(s.out))
+	}
+}

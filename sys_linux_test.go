@@ -1,7 +1,9 @@
 package ecdysis
 
 import (
+	"os"
 	"os/exec"
+	"runtime"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -38,5 +40,35 @@ func TestNoPidfd(t *testing.T) {
 	defer gone.release()
 	if !gone.watched() || !gone.exited(0) {
 		t.Error("a process that has gone is not seen to have")
+	}
+}
+
+// A directory that is closed to the user that the thread has become cannot be
+// entered, although it is there.
+func TestEnterable(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to become another user")
+	}
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := enterable(dir); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // the thread ends with the goroutine, as another user
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), 65534, ^uintptr(0)); errno != 0 {
+			done <- errno
+			return
+		}
+		done <- enterable(dir)
+	}()
+	if err := <-done; err != unix.EACCES {
+		t.Errorf("%v; want EACCES", err)
+	}
+	if err := enterable(os.Args[0]); err != unix.ENOTDIR {
+		t.Errorf("%v; want ENOTDIR", err)
 	}
 }

@@ -1,0 +1,121 @@
+package e2e
+
+import (
+	"io"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
+)
+
+// Sandboxes that deny system calls by which the package does its work better.
+
+// denied is what a sandbox answers to pidfd_open, pidfd_send_signal and
+// memfd_create. With NoPidfd, clone(2) refuses CLONE_PIDFD, as an emulator does.
+type denied struct {
+	Errno   syscall.Errno
+	NoPidfd bool
+}
+
+var sandbox = proctest.Define("sandbox", func(_ *proctest.Daemon, d denied) (proctest.None, error) {
+	const allow, number, flags = unix.SECCOMP_RET_ALLOW, 0, 16 // offsets in struct seccomp_data, little-endian
+	deny := func(errno syscall.Errno) uint32 { return unix.SECCOMP_RET_ERRNO | uint32(errno) }
+	var filter []unix.SockFilter
+	add := func(code uint16, jt, jf uint8, k uint32) {
+		filter = append(filter, unix.SockFilter{Code: code, Jt: jt, Jf: jf, K: k})
+	}
+	add(unix.BPF_LD|unix.BPF_W|unix.BPF_ABS, 0, 0, number)
+	for _, nr := range []uint32{unix.SYS_PIDFD_OPEN, unix.SYS_PIDFD_SEND_SIGNAL, unix.SYS_MEMFD_CREATE} {
+		add(unix.BPF_JMP|unix.BPF_JEQ|unix.BPF_K, 0, 1, nr)
+		add(unix.BPF_RET|unix.BPF_K, 0, 0, deny(d.Errno))
+	}
+	if d.NoPidfd {
+		add(unix.BPF_JMP|unix.BPF_JEQ|unix.BPF_K, 0, 3, unix.SYS_CLONE)
+		add(unix.BPF_LD|unix.BPF_W|unix.BPF_ABS, 0, 0, flags)
+		add(unix.BPF_JMP|unix.BPF_JSET|unix.BPF_K, 0, 1, unix.CLONE_PIDFD)
+		add(unix.BPF_RET|unix.BPF_K, 0, 0, deny(unix.EINVAL))
+	}
+	add(unix.BPF_RET|unix.BPF_K, 0, 0, allow)
+	p := &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return proctest.None{}, err
+	}
+	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(p)))
+	if errno != 0 {
+		return proctest.None{}, errno
+	}
+	if _, err := unix.PidfdOpen(os.Getpid(), 0); err != d.Errno {
+		return proctest.None{}, err
+	}
+	return proctest.None{}, nil
+})
+
+var sendState = proctest.Define("send state", func(d *proctest.Daemon, _ proctest.None) (proctest.None, error) {
+	d.Options.SendState = func(w io.Writer) error {
+		_, err := io.WriteString(w, "remembered")
+		return err
+	}
+	return proctest.None{}, nil
+})
+
+var readState = proctest.Define("read state", func(d *proctest.Daemon, _ proctest.None) (string, error) {
+	b, err := io.ReadAll(d.U.State())
+	return string(b), err
+})
+
+// A successor that hangs, before it is ready or after COMMIT, is killed and
+// reaped where the system gives no handle for it.
+func TestHungSuccessorInASandbox(t *testing.T) {
+	t.Parallel()
+	for name, d := range map[string]denied{
+		"EPERM":             {Errno: unix.EPERM},
+		"ENOSYS":            {Errno: unix.ENOSYS},
+		"without a pidfd":   {Errno: unix.ENOSYS, NoPidfd: true},
+		"EPERM and no fork": {Errno: unix.EPERM, NoPidfd: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			spec := proctest.Both.At(proctest.AtStart, sandbox.Do(d), sendState.Do())
+			p := proctest.Start(t, spec.UpgradeTimeout(500*time.Millisecond),
+				spec.At(proctest.AtListened, proctest.Hang),
+				spec.At(proctest.On(ecdysis.EventReady), proctest.Kill),
+				spec.At(proctest.AtNew, readState.Do()))
+			if _, err := sandbox.At(p, proctest.AtStart); err != nil {
+				t.Fatal("the sandbox: ", err)
+			}
+			l := p.Load(1)
+			l.More(5)
+			f := p.FailUpgrade(ecdysis.StepInit, os.ErrDeadlineExceeded)
+			if !strings.Contains(f.How, "killed") {
+				t.Errorf("the hung successor ended by %q; want that it was killed", f.How)
+			}
+			f.Successor.Reaped()
+			p.FailUpgrade(ecdysis.StepHandover, io.ErrUnexpectedEOF).Successor.Reaped()
+			p.Serves()
+			s := p.Upgrade()
+			if got, err := readState.At(s, proctest.AtNew); got != "remembered" || err != nil {
+				t.Errorf("the state is %q, %v", got, err)
+			}
+			s.Serves()
+			l.More(5)
+			l.Check()
+		})
+	}
+}
+
+// One that hangs after COMMIT is killed, too, and the predecessor serves again.
+func TestHungAfterCommitInASandbox(t *testing.T) {
+	t.Parallel()
+	spec := proctest.TCP.At(proctest.AtStart, sandbox.Do(denied{Errno: unix.EPERM, NoPidfd: true}))
+	p := proctest.Start(t, spec, spec.At(proctest.On(ecdysis.EventReady), proctest.Hang))
+	f := p.FailUpgrade(ecdysis.StepHandover, os.ErrDeadlineExceeded)
+	f.Successor.Reaped()
+	p.Serves()
+}

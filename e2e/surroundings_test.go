@@ -1,0 +1,363 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
+)
+
+// What surrounds a process: programs that it starts, its name and directories,
+// wrappers, and the files of its sockets.
+
+// worker is another program that uses the package.
+var worker = proctest.DefineRole("worker", func() {
+	u, err := ecdysis.New(ecdysis.Options{})
+	if err != nil {
+		fmt.Print(err)
+		return
+	}
+	sockets := 0
+	for fd := 3; fd < 100; fd++ {
+		if _, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err == nil {
+			sockets++
+		}
+	}
+	fmt.Print(ecdysis.Successor(), " ", u.HasParent(), " ", sockets)
+})
+
+var runWorker = proctest.Define("run a worker", func(*proctest.Daemon, proctest.None) (string, error) {
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), worker.Env())
+	out, err := cmd.Output()
+	return string(out), err
+})
+
+// A program that the successor starts before New does not become the successor.
+func TestProgramStartedBeforeNew(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.TCP, proctest.TCP.At(proctest.AtStart, runWorker.Do()), proctest.TCP)
+	s := p.Upgrade()
+	out, err := runWorker.At(s, proctest.AtStart)
+	if want := "false false 0"; out != want || err != nil {
+		t.Errorf("the worker says %q, %v; want %q", out, err, want)
+	}
+	s.Inherits(p)
+	s.Upgrade().Serves()
+}
+
+var isSuccessor = proctest.Define("Successor", func(*proctest.Daemon, proctest.None) (bool, error) {
+	return ecdysis.Successor(), nil
+})
+
+func TestSuccessor(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.TCP)
+	if isSuccessor.On(p) {
+		t.Error("the first process says that it is a successor")
+	}
+	if s := p.Upgrade(); !isSuccessor.On(s) {
+		t.Error("a successor says that it is none")
+	}
+}
+
+// A start directory that is gone in any way does not end the upgrades.
+func TestStartDirectoryIsGone(t *testing.T) {
+	t.Parallel()
+	c := proctest.New(t, proctest.TCP)
+	start, moved := c.Path("start"), c.Path("moved")
+	if err := os.Mkdir(start, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	p := c.Start(func(cmd *exec.Cmd) { cmd.Dir = start })
+	if err := os.Rename(start, moved); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(start, nil, 0o644); err != nil { // ENOTDIR from now on
+		t.Fatal(err)
+	}
+	s := p.Upgrade()
+	s.Serves()
+	if wd, err := s.Getwd(); err != nil || wd != moved {
+		t.Errorf("the successor runs in %q, %v; want %q, where its predecessor is", wd, err, moved)
+	}
+}
+
+// The error of a directory that cannot be entered names the directory.
+func TestDirectoryCannotBeEntered(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.TCP)
+	dir := p.Chain.Path("none")
+	f := p.FailUpgrade(ecdysis.StepStart, os.ErrNotExist, proctest.Successor{Dir: dir})
+	proctest.Want(t, f, nil, "chdir "+dir)
+	p.Upgrade().Serves()
+}
+
+var executable = proctest.Define("executable", func(*proctest.Daemon, proctest.None) (string, error) { return os.Executable() })
+
+// copySelf makes the test's own program available under another name.
+func copySelf(t *testing.T, to string) {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(self)
+	if err == nil {
+		err = os.WriteFile(to, b, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A program that was started by a relative path runs the same file in every
+// generation, whatever the directory.
+func TestRelativeProgramInAnotherDirectory(t *testing.T) {
+	t.Parallel()
+	c := proctest.New(t, proctest.TCP)
+	one, other := c.Path("one"), c.Path("other")
+	for _, dir := range []string{one, other} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	copySelf(t, one+"/d")
+	if err := os.WriteFile(other+"/d", []byte("#!/bin/sh\nexit 7\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	p := c.Start(func(cmd *exec.Cmd) { cmd.Path, cmd.Args[0], cmd.Dir = "./d", "./d", one })
+	for range 3 {
+		p = p.Upgrade(proctest.Successor{Dir: other})
+		p.Serves()
+		if got := executable.On(p); got != one+"/d" {
+			t.Fatalf("it runs %s; want %s", got, one+"/d")
+		}
+	}
+}
+
+// A name that a supervisor has chosen is not taken for the program.
+func TestNameThatIsNotTheProgram(t *testing.T) {
+	t.Parallel()
+	c := proctest.New(t, proctest.TCP)
+	p := c.Start(func(cmd *exec.Cmd) { cmd.Args[0] = "true" }) // which is another program
+	want := executable.On(p)
+	for range 2 {
+		p = p.Upgrade()
+		p.Serves()
+		if got := executable.On(p); got != want {
+			t.Errorf("it runs %s; want %s", got, want)
+		}
+	}
+}
+
+// An address that changes its width is in its predecessor's way. Both sides say
+// so.
+func TestAddressChangesItsWidth(t *testing.T) {
+	t.Parallel()
+	c := proctest.New(t, proctest.Spec{Listen: []proctest.Listen{{Network: "tcp", Address: ":0"}}})
+	p := c.Start()
+	_, port, err := net.SplitHostPort(p.Addr(0).Address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Specs(proctest.Spec{Listen: []proctest.Listen{{Network: "tcp", Address: "127.0.0.1:" + port}}})
+	f := p.FailUpgrade(ecdysis.StepInit, nil)
+	proctest.Want(t, f, nil, "the predecessor hands on tcp :0", "in the way", "stop and a start")
+	proctest.Want(t, f.Successor.ErrAt(proctest.AtListenFailed), syscall.EADDRINUSE, "the predecessor hands on tcp :0")
+	p.Serves()
+}
+
+// A Unix socket's file that was deleted is there again after an upgrade.
+func TestDeletedSocketFile(t *testing.T) {
+	t.Parallel()
+	spec := proctest.Both
+	spec.Listen = slices.Clone(spec.Listen)
+	spec.Listen[1].Config.Mode = 0o640
+	spec.Options.StopSocket = "$DIR/stop"
+	spec.Wait = true
+	p := proctest.Start(t, spec, spec.At(proctest.AtListened, proctest.Exit(3)), spec)
+	path, stop := p.Chain.Path("sock"), p.Chain.Path("stop")
+	for _, f := range []string{path, stop} {
+		if err := os.Remove(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.FailUpgrade(ecdysis.StepInit, io.ErrUnexpectedEOF)
+	p.Chain.HasFiles("pid") // a successor that fails leaves nothing
+	s := p.Upgrade()
+	s.Serves()
+	p.Chain.HasFiles("pid", "sock", "stop")
+	if fi, err := os.Stat(path); err != nil || fi.Mode().Perm() != 0o640 {
+		t.Errorf("the new file: %v, %v; want mode 0640", fi, err)
+	}
+	if e := s.Event(ecdysis.EventReady, 0); !slices.Contains(e.Rebound, path) || !slices.Contains(e.Rebound, stop) {
+		t.Errorf("event %v; want that %s and %s were made anew", e, path, stop)
+	}
+	n := s.Upgrade()
+	n.Serves()
+	if e := n.Event(ecdysis.EventReady, 0); len(e.Rebound)+len(e.Lost) > 0 {
+		t.Errorf("event %v of the next upgrade; want that nothing was made anew", e)
+	}
+	if _, err := ecdysis.Request(t.Context(), stop); err != nil {
+		t.Errorf("the stop socket: %v", err)
+	}
+	n.Closed()
+	p.Chain.HasFiles()
+}
+
+// The file of another process that is alive stays.
+func TestReplacedSocketFile(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.Both)
+	path := p.Chain.Path("sock")
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	other, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	same := proctest.SameFile(t, path)
+	s := p.Upgrade()
+	if e := s.Event(ecdysis.EventReady, 0); !slices.Equal(e.Lost, []string{path}) || len(e.Rebound) > 0 {
+		t.Errorf("event %v; want that %s is another process's", e, path)
+	}
+	same()
+	p.Chain.HasFiles("pid", "sock")
+}
+
+// The process that has said READY is watched, whatever its wrapper does: it is
+// killed in its probation while the wrapper and a process of it hold the stream.
+func TestWrapperThatStays(t *testing.T) {
+	t.Parallel()
+	c := proctest.New(t, proctest.Both.Probation(time.Minute))
+	p := c.Start()
+	script := c.Path("wrapper")
+	if err := os.WriteFile(script, []byte("#!/bin/sh\nsleep 30 &\nhelper=$!\n\"$PROGRAM\"\nwait $helper\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := p.BeginUpgrade(proctest.Successor{Path: script, SetEnv: []string{"PROGRAM=" + self}})
+	s := c.Next()
+	s.At(proctest.AtServing)
+	s.Serves()
+	s.Kill()
+	a.Fails(ecdysis.StepProbation, io.ErrUnexpectedEOF)
+	p.Serves()
+	p.HasPIDFile()
+}
+
+// A taker whose New fails gives up what it has inherited: clients of the old
+// process's address are refused when that ends, and do not hang.
+func TestNewThatFailsGivesUp(t *testing.T) {
+	t.Parallel()
+	spec := proctest.TCP
+	spec.Wait = true
+	spec.Options.TakeoverSocket = "$DIR/take"
+	taker := spec.At(proctest.AtNewFailed, proctest.Hold)
+	taker.Options.StopSocket = "$DIR/occupied"
+	c := proctest.New(t, spec, taker)
+	occupied, err := net.Listen("unix", c.Path("occupied"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer occupied.Close()
+	p := c.Start()
+	n := c.Launch()
+	n.At(proctest.AtNewFailed)
+	p.Serves()
+	addrs := p.Addrs()
+	p.Kill()
+	for _, a := range addrs {
+		if conn, err := a.Dial(); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("%s: %v, %v; want that it is refused", a, conn, err)
+		}
+	}
+}
+
+// Another process that holds the lock of the directory costs a second.
+func TestLockedDirectory(t *testing.T) {
+	t.Parallel()
+	c := proctest.New(t, proctest.Both)
+	old, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: c.Path("sock")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	old.SetUnlinkOnClose(false)
+	old.Close() // stale from now on
+	dir, err := os.Open(c.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	c.Start().Serves()
+}
+
+var refuseUnclaimed = proctest.Define("refuse what is unclaimed", func(d *proctest.Daemon, _ proctest.None) (proctest.None, error) {
+	d.Options.Unclaimed = func(names []string) error {
+		return fmt.Errorf("it does not want %s", strings.Join(names, " and "))
+	}
+	return proctest.None{}, nil
+})
+
+// Options.Unclaimed refuses a successor that does not want everything.
+func TestUnclaimedRefused(t *testing.T) {
+	t.Parallel()
+	both := proctest.Both.At(proctest.AtStart, refuseUnclaimed.Do())
+	wrong := proctest.Spec{Listen: []proctest.Listen{proctest.Both.Listen[0]}, Options: proctest.Both.Options}
+	p := proctest.Start(t, both, wrong, both)
+	l := p.Load(1)
+	l.More(5)
+	f := p.FailUpgrade(ecdysis.StepHandover, nil)
+	proctest.Want(t, f, nil, "Options.Unclaimed: it does not want unix "+p.Chain.Path("sock"))
+	p.Serves()
+	s := p.Upgrade() // which wants everything
+	s.Serves()
+	l.More(5)
+	l.Check()
+}
+
+// MaxDraining -1 allows no older process.
+func TestMaxDrainingNone(t *testing.T) {
+	t.Parallel()
+	spec := proctest.Both
+	spec.Options.MaxDraining = -1
+	p := proctest.Start(t, spec)
+	s := p.Upgrade()
+	s.RefusesUpgrade(ecdysis.ErrDraining)
+	p.Kill()
+	s.Upgrade().Serves()
+}
+
+// The events of an upgrade name what was started.
+func TestEventNamesTheProgram(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.TCP)
+	want := executable.On(p)
+	p.Upgrade()
+	e := p.Event(ecdysis.EventUpgraded, 0)
+	if filepath.Base(e.Program) != filepath.Base(want) || e.Dir == "" || e.Elapsed <= 0 {
+		t.Errorf("program %q, directory %q, after %v; want %s", e.Program, e.Dir, e.Elapsed, want)
+	}
+}
