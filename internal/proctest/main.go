@@ -1,9 +1,12 @@
 package proctest
 
 import (
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
+	"strconv"
 	"testing"
 	"time"
 )
@@ -27,6 +30,11 @@ func Main(m *testing.M) {
 		// longer than a predecessor waits to learn how its successor ended.
 		if _, ok := os.LookupEnv("GORACE"); !ok {
 			os.Setenv("GORACE", "atexit_sleep_ms=0")
+		}
+		// A test waits for its processes most of the time. The flag of the
+		// command line, if there is one, is parsed later.
+		if err := flag.Set("test.parallel", strconv.Itoa(max(8, 2*runtime.GOMAXPROCS(0)))); err != nil {
+			panic(err)
 		}
 		os.Exit(m.Run())
 	}
