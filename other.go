@@ -91,6 +91,9 @@ func controlPath(string) (string, error) {
 	return "", fmt.Errorf("there are no control sockets on this system: %w", errors.ErrUnsupported)
 }
 
+// Successor returns false.
+func Successor() bool { return false }
+
 // HasParent returns false.
 func (u *Upgrader) HasParent() bool { return false }
 

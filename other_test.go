@@ -31,7 +31,7 @@ func TestOther(t *testing.T) {
 	if _, err := New(Options{}); err == nil {
 		t.Error("New has succeeded twice")
 	}
-	if u.HasParent() || u.Generation() != 0 || u.WaitForParent(context.Background()) != nil {
+	if Successor() || u.HasParent() || u.Generation() != 0 || u.WaitForParent(context.Background()) != nil {
 		t.Error("there is a parent")
 	}
 	ln, err := u.Listen("tcp", "127.0.0.1:0")

@@ -179,7 +179,7 @@ func (f *Fds) listenWith(k key, callback func(network, addr string) (net.Listene
 		return made, nil
 	}
 	c, err := f.core.Listener(k.name())
-	if err != nil || c == nil {
+	if err != nil {
 		return made, nil // a socket that the core cannot hold back
 	}
 	delete(f.held, k)
@@ -201,7 +201,7 @@ func (f *Fds) listener(k key) (net.Listener, error) {
 		return nil, nil
 	}
 	ln, err := f.core.Listener(k.name())
-	if none(ln == nil, err) {
+	if errors.Is(err, fs.ErrNotExist) {
 		ln, err = f.core.ListenWith(ecdysis.ListenConfig{Control: refuse}, k.network, k.address)
 	}
 	if err == nil {
@@ -314,7 +314,7 @@ func (f *Fds) listenPacketWith(k key, callback func(network, addr string) (net.P
 		return made, nil
 	}
 	c, err := f.core.PacketConn(k.name())
-	if err != nil || c == nil {
+	if err != nil {
 		return made, nil // a socket that the core cannot hold back
 	}
 	delete(f.held, k)
@@ -336,7 +336,7 @@ func (f *Fds) packetConn(k key) (net.PacketConn, error) {
 		return nil, nil
 	}
 	c, err := f.core.PacketConn(k.name())
-	if none(c == nil, err) {
+	if errors.Is(err, fs.ErrNotExist) {
 		c, err = f.core.ListenPacketWith(ecdysis.ListenConfig{Control: refuse}, k.network, k.address)
 	}
 	if err == nil {
@@ -375,7 +375,7 @@ func (f *Fds) Conn(network, addr string) (net.Conn, error) {
 		return nil, nil
 	}
 	c, err := f.core.Conn(k.name())
-	if none(c == nil, err) {
+	if errors.Is(err, fs.ErrNotExist) {
 		file, err := f.takeFile(k)
 		if file == nil || err != nil {
 			return nil, err
@@ -467,11 +467,6 @@ var errNotInherited = errors.New("it was not handed on")
 // socket and must not make a new one.
 func refuse(string, string, rawConn) error { return errNotInherited }
 
-// none reports whether a look-up of the core has found nothing.
-func none(isNil bool, err error) bool {
-	return err == nil && isNil || errors.Is(err, fs.ErrNotExist)
-}
-
 // isNetError reports whether err is that of refuse, or of an address that the
 // core cannot listen on: no socket was handed on for this address.
 func isNetError(err error) bool {
@@ -511,7 +506,7 @@ func (f *Fds) catchUp() {
 // if there is none. f.mu is held.
 func (f *Fds) takeFile(k key) (*os.File, error) {
 	file, err := f.core.File(k.name())
-	if none(file == nil, err) {
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err == nil {
@@ -533,7 +528,7 @@ func (f *Fds) replace(k key, add func() error) error {
 	err := f.mayAdd()
 	var old *os.File
 	if err == nil {
-		if old, err = f.core.File(k.name()); none(old == nil, err) {
+		if old, err = f.core.File(k.name()); errors.Is(err, fs.ErrNotExist) {
 			old, err = nil, nil
 		}
 	}
@@ -650,7 +645,7 @@ func (f *Fds) dropUnclaimed() error {
 			continue
 		}
 		file, err := f.core.File(name)
-		if none(file == nil, err) {
+		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {

@@ -62,7 +62,7 @@ func main() {
 	}
 
 	tcp, err := u.Listener("listener tcp 127.0.0.1:0")
-	if tcp == nil && (err == nil || errors.Is(err, fs.ErrNotExist)) {
+	if errors.Is(err, fs.ErrNotExist) {
 		tcp, err = u.Listen("tcp", "127.0.0.1:0")
 	}
 	if err != nil {
@@ -73,7 +73,7 @@ func main() {
 		log.Fatalln("can't listen:", err)
 	}
 	udp, err := u.PacketConn("packet udp 127.0.0.1:0")
-	if udp == nil && (err == nil || errors.Is(err, fs.ErrNotExist)) {
+	if errors.Is(err, fs.ErrNotExist) {
 		udp, err = u.ListenPacket("udp", "127.0.0.1:0")
 	}
 	if err != nil {
@@ -82,7 +82,7 @@ func main() {
 
 	how := "inherited"
 	file, err := u.File("lock")
-	if file == nil && (err == nil || errors.Is(err, fs.ErrNotExist)) {
+	if errors.Is(err, fs.ErrNotExist) {
 		how = "new"
 		file, err = os.OpenFile(*lock, os.O_RDWR|os.O_CREATE, 0o600)
 	}
