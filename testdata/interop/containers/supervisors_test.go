@@ -435,6 +435,7 @@ func TestSupervisorsWithoutKeeper(t *testing.T) {
 					kill(t, second)
 					s.another(second) // which finds the address free
 					s.serves()
+					s.eventually("the successor is reaped", func() bool { return !exists("/proc/" + second) })
 					return
 				}
 				s.eventually("it has given up", func() bool {
