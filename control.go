@@ -114,7 +114,7 @@ func (c *control) handle(client *net.UnixConn, running *sync.WaitGroup) {
 		}
 		t.conn, t.taker = nil, s
 	}
-	if err := trusted(client); err != nil {
+	if err := trusted(client, isAbstract(c.path)); err != nil {
 		t.refuse(err)
 		return
 	}
@@ -139,11 +139,15 @@ func (c *control) finish() {
 }
 
 // trusted returns an error unless the peer runs as root or as this process's
-// user.
-func trusted(c *net.UnixConn) error {
+// user. Where only the peer's user ID protects this process, and no file's mode,
+// it must not be one that stands for every unknown user.
+func trusted(c *net.UnixConn, byIDAlone bool) error {
 	cred, err := PeerCred(c)
 	if err != nil {
 		return err
+	}
+	if byIDAlone && cred.UID == os.Geteuid() && standsForOthers(cred.UID) {
+		return fmt.Errorf("%w: this process and the peer run as user %d, which stands for every user that this user namespace does not map", os.ErrPermission, cred.UID)
 	}
 	if uid := os.Geteuid(); cred.UID != 0 && cred.UID != uid {
 		return fmt.Errorf("%w: the peer is a process of user %d, and this one runs as user %d; want the same user, or root", os.ErrPermission, cred.UID, uid)

@@ -77,6 +77,7 @@ type Upgrader struct {
 	state      *stateReader   // what the predecessor has written; nil if it has written nothing
 	signals    chan os.Signal // to upgrade
 	controls   []*control
+	retired    []string // units that were replaced, the latest last
 
 	stops, partialStops chan os.Signal // from catchStops until the end
 

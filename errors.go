@@ -25,9 +25,13 @@ var (
 	ErrDraining = errors.New("ecdysis: too many older generations are still draining")
 	// ErrStopped means that this process was stopped.
 	ErrStopped = errors.New("ecdysis: this process has been stopped")
-	// ErrInit means that this process is PID 1, which cannot be replaced by a
-	// child: its exit ends the container or the system.
-	ErrInit = errors.New("ecdysis: PID 1 cannot be replaced by its child")
+	// ErrInit means that the process is PID 1, which cannot be replaced by a
+	// process of its own PID namespace: its exit ends the container or the
+	// system.
+	ErrInit = errors.New("ecdysis: PID 1 cannot be replaced by a process of its own PID namespace")
+	// ErrRetired means that another process has taken over from Options.Unit,
+	// so that this process must not serve. See WaitRetired.
+	ErrRetired = errors.New("ecdysis: this unit has been replaced by another one")
 	// ErrAborted means that the predecessor has given this successor up, or that
 	// Fail was called. The listeners stay paused for good. The error's text has
 	// the predecessor's reason.

@@ -55,6 +55,7 @@ type Event struct {
 	Signal     os.Signal // the signal that caused it; nil if a control socket or a call did
 	Socket     string    // the path of the control socket that caused it; empty if a signal or a call did
 	PassedOn   bool      // EventStopping, EventPartialStop: the predecessor got the stop while it was being replaced, and has passed it on
+	Takeover   bool      // the upgrade is a takeover by a process of another unit
 	PID        int       // of the process that the event is about; 0 if there is none yet
 	Generation int       // of that process: in an upgrade, the successor's
 	Unclaimed  []string  // EventReady: what was inherited and closed because no call asked for it: "tcp :80", "conn name", "file name", "pair name", "state"

@@ -25,13 +25,13 @@ type frame struct {
 type record []string
 
 const (
-	frameTake    = 'T' // new to old, in a takeover: version; answered by frameHello or frameFail
-	frameHello   = 'H' // old to new: version, generation, pid
+	frameTake    = 'T' // new to old, in a takeover: version, unit; answered by frameHello or frameFail
+	frameHello   = 'H' // old to new: version, generation, pid, network, unit, retired (repeated)
 	frameSockets = 'S' // old to new: what is handed on; answered by frameAck
 	frameEnd     = 'E' // old to new: that was all
 	frameAck     = 'K' // new to old: a batch has arrived
 	frameReady   = 'R' // new to old: pid, unclaimed, label
-	frameFail    = 'F' // new to old: reason, inuse, network, address; old to new, in the place of frameHello: reason
+	frameFail    = 'F' // new to old: reason, inuse, network, address; old to new, in the place of frameHello: reason, retired
 	frameCommit  = 'C' // old to new: probation; the old process accepts no more
 	frameAbort   = 'A' // old to new: reason; the new process is given up
 	frameDone    = 'D' // new to old: the new process serves
@@ -61,6 +61,16 @@ func (r record) get(key string) string {
 		}
 	}
 	return ""
+}
+
+// all returns the values of a key that is repeated.
+func (r record) all(key string) (values []string) {
+	for _, f := range r {
+		if k, v, ok := strings.Cut(f, "="); ok && k == key {
+			values = append(values, v)
+		}
+	}
+	return values
 }
 
 // first returns the value of a key in a frame of one record.

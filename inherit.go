@@ -25,7 +25,12 @@ func (u *Upgrader) receiveInheritance(hello frame, deadline time.Time) error {
 		return fmt.Errorf("the predecessor says that its generation is %q; want a number", hello.first("generation"))
 	}
 	u.generation = generation + 1
-	if err := u.receiveEntries(deadline); err != nil {
+	u.inheritRetired(hello)
+	err = u.receiveEntries(deadline)
+	if err == nil {
+		err = u.checkNetwork(hello.first("network"))
+	}
+	if err != nil {
 		u.disinherit()
 		return err
 	}
@@ -81,6 +86,40 @@ func (u *Upgrader) receiveBatch(f frame) error {
 	}
 	_ = u.pred.s.send(frameAck, nil, nil) // fails only if the predecessor is gone
 	return nil
+}
+
+// checkNetwork returns an error if clients of this process's network namespace
+// cannot reach an inherited socket, because it is of the predecessor's. That one
+// is told with HELLO.
+func (u *Upgrader) checkNetwork(predecessors string) error {
+	own := strconv.FormatUint(ownNetwork(), 10)
+	if u.opts.AcrossNetworks || predecessors == "" || predecessors == "0" || own == "0" || own == predecessors {
+		return nil
+	}
+	for _, e := range u.reg.inherited {
+		if _, isUnix := socketType(e.network); !e.isSocket() || isUnix {
+			continue
+		}
+		var network uint64
+		if err := e.control(func(fd uintptr) { network = networkOfSocket(int(fd)) }); err != nil {
+			return err
+		}
+		if strconv.FormatUint(network, 10) == predecessors {
+			return fmt.Errorf("inherited socket %s is of the predecessor's network namespace, where no client of this process's own reaches it; run both in one, or set Options.AcrossNetworks", e.label())
+		}
+	}
+	return nil
+}
+
+// ownNetwork returns the number of this process's network namespace, or 0 if the
+// system does not tell.
+func ownNetwork() uint64 {
+	fd, err := newSocket(unix.AF_UNIX, unix.SOCK_DGRAM)
+	if err != nil {
+		return 0
+	}
+	defer unix.Close(fd)
+	return networkOfSocket(fd)
 }
 
 // disinherit closes what has come.

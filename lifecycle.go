@@ -2,7 +2,10 @@
 
 package ecdysis
 
-import "net"
+import (
+	"net"
+	"sync"
+)
 
 // Where a process stands between its start and its end, and every transition.
 
@@ -58,10 +61,13 @@ type lifecycle struct {
 	ready chan struct{} // closed when Ready has succeeded
 	exit  chan struct{} // what Exit returns
 	ended chan struct{} // closed when Wait is to return last
+
+	stoppedAfter chan struct{} // closed when a stop comes after an upgrade
+	stopAfter    *sync.Once    // closes it
 }
 
 func newLifecycle() lifecycle {
-	return lifecycle{ready: make(chan struct{}), exit: make(chan struct{}), ended: make(chan struct{})}
+	return lifecycle{ready: make(chan struct{}), exit: make(chan struct{}), ended: make(chan struct{}), stoppedAfter: make(chan struct{}), stopAfter: new(sync.Once)}
 }
 
 // made reports whether New has made the Upgrader.
@@ -185,7 +191,10 @@ func (l *lifecycle) takeOrder() (kind EventKind, t trigger) {
 func (l *lifecycle) stop(kind EventKind, t trigger) (do EventKind, was phase) {
 	was = l.phase
 	switch was {
-	case upgraded, stopped:
+	case upgraded:
+		l.stopAfter.Do(func() { close(l.stoppedAfter) })
+		return "", was
+	case stopped:
 		return "", was
 	case readying, preparing, upgrading:
 		l.insisted = l.pending != ""

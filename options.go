@@ -64,6 +64,22 @@ type Options struct {
 	// socket like the others, for the next process that takes over.
 	TakeoverSocket string
 
+	// Unit names what this process belongs to, such as a pod's UID or a
+	// container's ID. It is empty, or at most 256 bytes, and the same for all
+	// processes of the unit. A process that takes over retires the other
+	// unit: the last 64 retired units are handed on, and New of a process of
+	// one of these returns ErrRetired without a takeover. So a supervisor may
+	// restart a process that was taken over. If no process serves, a retired
+	// unit starts as a first process.
+	Unit string
+
+	// AcrossNetworks lets a process inherit TCP and UDP sockets of another
+	// network namespace than its own. Without it New fails, because clients
+	// of its own namespace cannot reach it. Sockets that the predecessor
+	// itself has got from another namespace are inherited in any case, and so
+	// are Unix sockets. Linux before 5.14 cannot tell.
+	AcrossNetworks bool
+
 	// MaxDraining is how many older generations may still be alive, serving
 	// the clients that they have, when an upgrade begins. With more of them
 	// the upgrade is refused with ErrDraining. Zero means any number, and -1
@@ -158,6 +174,9 @@ func (o Options) check() (Options, error) {
 	}
 	if o.MaxDraining < -1 {
 		return o, fmt.Errorf("MaxDraining is %d; want -1 (for none), 0 (for any number) or more", o.MaxDraining)
+	}
+	if len(o.Unit) > maxUnit {
+		return o, fmt.Errorf("Unit has %d bytes; want at most %d", len(o.Unit), maxUnit)
 	}
 	if err := o.checkPaths(); err != nil {
 		return o, err

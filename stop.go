@@ -148,7 +148,9 @@ func (u *Upgrader) end(e Event) {
 	for _, c := range u.controls {
 		c.finish()
 	}
-	u.releaseStops()
+	if !e.Takeover { // else the next stop is for another call of Wait
+		u.releaseStops()
+	}
 	u.mu.Lock()
 	clients, first := u.life.end(e)
 	u.mu.Unlock()

@@ -78,6 +78,12 @@ func (w *watch) prepare(attr *syscall.ProcAttr, sibling bool) error {
 	return nil
 }
 
+// standsForOthers reports false: these systems have no user namespaces.
+func standsForOthers(int) bool { return false }
+
+// networkOfSocket returns 0: it is not known, or there is one network alone.
+func networkOfSocket(int) uint64 { return 0 }
+
 // without reports whether there was anything in attr that a sandbox may refuse.
 func (w *watch) without(*syscall.ProcAttr) bool { return false }
 

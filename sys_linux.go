@@ -2,6 +2,8 @@ package ecdysis
 
 import (
 	"os"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -125,6 +127,41 @@ func (w *watch) exited(d time.Duration) bool {
 			d = 0
 		}
 	}
+}
+
+// standsForOthers reports whether a user ID is the one by which a user namespace
+// shows each user that it does not map (user_namespaces(7)), and is not mapped
+// itself. Without /proc it reports false.
+func standsForOthers(uid int) bool {
+	b, err := os.ReadFile("/proc/sys/kernel/overflowuid")
+	if err != nil || strings.TrimSpace(string(b)) != strconv.Itoa(uid) {
+		return false
+	}
+	if b, err = os.ReadFile("/proc/self/uid_map"); err != nil {
+		return false
+	}
+	for _, line := range strings.Split(string(b), "\n") {
+		f := strings.Fields(line)
+		if len(f) != 3 {
+			continue
+		}
+		first, err1 := strconv.Atoi(f[0])
+		count, err2 := strconv.Atoi(f[2])
+		if err1 == nil && err2 == nil && first <= uid && uid-first < count {
+			return false
+		}
+	}
+	return true
+}
+
+// networkOfSocket returns a number that is the network namespace's of a socket
+// (SO_NETNS_COOKIE, from Linux 5.14 on), or 0 if the system does not tell.
+func networkOfSocket(fd int) uint64 {
+	n, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err != nil {
+		return 0
+	}
+	return n
 }
 
 // kill kills the process by its pidfd. It reports false if there is none, or if

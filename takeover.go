@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/signal"
 	"slices"
 	"sync"
 	"time"
@@ -18,6 +19,38 @@ import (
 
 // A takeover: a process that nobody here has started becomes the successor.
 
+// maxUnit is the length of the longest Options.Unit, and maxRetired how many
+// retired units are handed on.
+const (
+	maxUnit    = 256
+	maxRetired = 64
+)
+
+// isRetired reports whether a unit was replaced.
+func (u *Upgrader) isRetired(unit string) bool { return unit != "" && slices.Contains(u.retired, unit) }
+
+// inheritRetired notes the units that were replaced, as a predecessor's HELLO
+// tells them. The predecessor's own is one of them if this process is another
+// unit's.
+func (u *Upgrader) inheritRetired(hello frame) {
+	r := hello.records[0]
+	u.retired = r.all("retired")
+	if unit := r.get("unit"); unit != "" && unit != u.opts.Unit {
+		u.retired = append(slices.DeleteFunc(u.retired, func(s string) bool { return s == unit }), unit)
+	}
+	u.retired = u.retired[max(0, len(u.retired)-maxRetired):]
+}
+
+// WaitRetired waits for one of the signals, and returns it. It is for a program
+// whose New has returned ErrRetired: its supervisor would restart it if it
+// exited, and tells it by a signal when it is to end.
+func WaitRetired(signals ...os.Signal) os.Signal {
+	ch := make(chan os.Signal, 1)
+	signal.Notify(ch, signals...)
+	defer signal.Stop(ch)
+	return <-ch
+}
+
 // maxPendingTakers is how many clients of the takeover socket may have sent
 // nothing yet. A further one takes the place of the first.
 const maxPendingTakers = 32
@@ -25,16 +58,17 @@ const maxPendingTakers = 32
 // takeTimeout is how long such a client has for its first frame.
 const takeTimeout = 10 * time.Second
 
-// awaitTake receives the first frame of a process that takes over.
-func (s *stream) awaitTake() error {
+// awaitTake receives the first frame of a process that takes over, and returns
+// that process's unit.
+func (s *stream) awaitTake() (unit string, err error) {
 	f, err := s.read(time.Now().Add(takeTimeout))
 	if err != nil {
-		return err
+		return "", err
 	}
 	if f.kind != frameTake {
-		return fmt.Errorf("it began with a frame %q; want %q", f.kind, frameTake)
+		return "", fmt.Errorf("it began with a frame %q; want %q", f.kind, frameTake)
 	}
-	return checkVersion(f)
+	return f.first("unit"), checkVersion(f)
 }
 
 // serveTakeover waits for the first frame of a client of the takeover socket,
@@ -49,12 +83,17 @@ func (c *control) serveTakeover(t trigger, running *sync.WaitGroup) {
 	c.takers = append(c.takers, conn)
 	c.mu.Unlock()
 	running.Go(func() {
-		err := t.taker.awaitTake()
+		unit, err := t.taker.awaitTake()
 		c.mu.Lock()
 		c.takers = slices.DeleteFunc(c.takers, func(s *net.UnixConn) bool { return s == conn })
 		c.mu.Unlock()
 		if err == nil && t.taker.atEnd() {
 			err = io.EOF // it came while this process did not look, and has gone
+		}
+		if err == nil && c.u.isRetired(unit) {
+			_ = t.taker.send(frameFail, []record{{"reason=" + ErrRetired.Error(), "retired=1"}}, nil) // fails only if it is gone
+			t.taker.close()
+			return
 		}
 		if err == nil {
 			if err = c.u.beginUpgrade(t); err == nil {
@@ -75,7 +114,7 @@ var errLate = fmt.Errorf("the process that listens there has not answered in tim
 // and receives all that it has. If no process serves there, it does nothing.
 func (u *Upgrader) takeOver(path string) error {
 	deadline := time.Now().Add(u.opts.UpgradeTimeout)
-	s, hello, err := dialPredecessor(path, deadline)
+	s, hello, err := dialPredecessor(path, u.opts.Unit, deadline)
 	if err == nil && s != nil {
 		u.pred = newPredecessor(s)
 		err = u.receiveInheritance(hello, deadline)
@@ -89,7 +128,7 @@ func (u *Upgrader) takeOver(path string) error {
 // dialPredecessor connects to the process that serves at path and requests a
 // takeover. It returns the stream to that process and its first frame, or nil if
 // no process serves there.
-func dialPredecessor(path string, deadline time.Time) (*stream, frame, error) {
+func dialPredecessor(path, unit string, deadline time.Time) (*stream, frame, error) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 	for tries := 1; ; tries++ {
@@ -103,7 +142,7 @@ func dialPredecessor(path string, deadline time.Time) (*stream, frame, error) {
 		if err != nil {
 			return nil, frame{}, err
 		}
-		s, f, err := requestTakeover(c, deadline)
+		s, f, err := requestTakeover(c, unit, deadline)
 		if err == nil {
 			return s, f, nil
 		}
@@ -122,12 +161,12 @@ func dialPredecessor(path string, deadline time.Time) (*stream, frame, error) {
 
 // requestTakeover sends TAKE and returns the answer if it is HELLO. With an
 // error c is closed.
-func requestTakeover(c *net.UnixConn, deadline time.Time) (*stream, frame, error) {
+func requestTakeover(c *net.UnixConn, unit string, deadline time.Time) (*stream, frame, error) {
 	s, err := streamOn(c)
 	if err != nil {
 		return nil, frame{}, err
 	}
-	f, err := s.exchangeTake(deadline)
+	f, err := s.exchangeTake(unit, deadline)
 	if err != nil {
 		s.close()
 		return nil, f, err
@@ -135,20 +174,23 @@ func requestTakeover(c *net.UnixConn, deadline time.Time) (*stream, frame, error
 	return s, f, nil
 }
 
-func (s *stream) exchangeTake(deadline time.Time) (f frame, err error) {
+func (s *stream) exchangeTake(unit string, deadline time.Time) (f frame, err error) {
 	// NetBSD and OpenBSD do not tell this end reliably (see PeerCred). There
 	// the check of the other end, which has accepted, has to do.
-	if err := trusted(s.conn); err != nil {
+	if err := trusted(s.conn, true); err != nil {
 		return f, err
 	}
 	s.inherits = true
 	// A process that closes the connection at once may have sent the reason.
-	err = s.send(frameTake, []record{{"version=" + protocolVersion}}, nil)
+	err = s.send(frameTake, []record{{"version=" + protocolVersion, "unit=" + unit}}, nil)
 	if err == nil || err == io.EOF {
 		f, err = s.read(deadline)
 	}
 	if err != nil {
 		return f, err
+	}
+	if f.kind == frameFail && f.first("retired") != "" {
+		return f, ErrRetired
 	}
 	if f.kind == frameFail {
 		return f, fmt.Errorf("the process that serves there refuses: %s", f.first("reason"))

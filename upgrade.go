@@ -39,7 +39,7 @@ func (u *Upgrader) Upgrade() error {
 
 // beginUpgrade lets one upgrade run. After it, attempt must be called.
 func (u *Upgrader) beginUpgrade(t trigger) error {
-	if os.Getpid() == 1 && t.taker == nil {
+	if os.Getpid() == 1 && !t.isFromOutside() {
 		return ErrInit
 	}
 	if !u.life.isReady() {
@@ -128,6 +128,7 @@ type attempt struct {
 // event returns an event about the successor.
 func (a *attempt) event(kind EventKind) Event {
 	e := a.trigger.event(kind)
+	e.Takeover = a.taker != nil
 	e.PID, e.Generation = a.pid(), a.u.generation+1
 	e.Program, e.Dir, e.Elapsed = a.program, a.dir, time.Since(a.began)
 	return e

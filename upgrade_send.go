@@ -58,7 +58,11 @@ func (a *attempt) admit() error {
 func (a *attempt) fill() error {
 	u := a.u
 	_ = a.s.raw.Control(func(fd uintptr) { keepReserve(int(fd)); wantSender(int(fd)) })
-	hello := record{"version=" + protocolVersion, "generation=" + strconv.Itoa(u.generation), "pid=" + strconv.Itoa(os.Getpid())}
+	hello := record{"version=" + protocolVersion, "generation=" + strconv.Itoa(u.generation), "pid=" + strconv.Itoa(os.Getpid()),
+		"network=" + strconv.FormatUint(ownNetwork(), 10), "unit=" + u.opts.Unit}
+	for _, unit := range u.retired {
+		hello = append(hello, "retired="+unit)
+	}
 	if err := a.s.send(frameHello, []record{hello}, nil); err != nil {
 		return err
 	}

@@ -27,6 +27,16 @@ func (t trigger) event(kind EventKind) Event {
 	return Event{Kind: kind, Signal: t.signal, Socket: t.socket, PassedOn: t.passedOn}
 }
 
+// isFromOutside reports whether a process takes over that this process's PID
+// namespace does not hold.
+func (t trigger) isFromOutside() bool {
+	if t.taker == nil {
+		return false
+	}
+	cred, err := PeerCred(t.taker.conn)
+	return err == nil && cred.PID == 0
+}
+
 // refuse tells the client of a control socket that the upgrade has failed.
 func (t trigger) refuse(err error) {
 	answer(t.conn, "error: "+err.Error())
@@ -52,10 +62,20 @@ func (t trigger) refuse(err error) {
 // of Upgrade or Stop. Of several calls of Wait one gets each trigger, and all
 // return.
 //
+// After a takeover (Event.Takeover) this process is another unit's no more, and
+// its supervisor may not know: it serves its clients to their end, and then calls
+// Wait again, which returns at the next stop, also if that has come meanwhile.
+//
 // Wait also carries out a stop that the predecessor has passed on: one that came
 // to it while this process was taking its place. Without a call of Wait, the next
 // call of Upgrade or WaitForParent does.
 func (u *Upgrader) Wait() Event {
+	u.mu.Lock()
+	retired := u.life.last.Takeover
+	u.mu.Unlock()
+	if retired {
+		return u.waitRetired()
+	}
 	u.catchStops()
 	var running sync.WaitGroup // what was started here and has not ended
 	ctx, cancel := context.WithCancel(context.Background())
@@ -95,6 +115,20 @@ func (u *Upgrader) Wait() Event {
 			return u.life.last
 		}
 	}
+}
+
+// waitRetired waits for a stop of a process that was taken over.
+func (u *Upgrader) waitRetired() Event {
+	t := trigger{}
+	kind := EventStopping
+	select {
+	case t.signal = <-u.stops:
+	case t.signal = <-u.partialStops:
+		kind = EventPartialStop
+	case <-u.life.stoppedAfter:
+	}
+	u.releaseStops()
+	return u.ownEvent(t, kind)
 }
 
 // catchStops keeps the signals that stop this process for Wait.

@@ -18,7 +18,9 @@
 //
 // print how it went when it is done, and exit with status 0 or 1. An echod that
 // is started with the directory of one that runs takes everything over from
-// it: with other flags, from another unit or container.
+// it: with other flags, from another unit or container. With -unit, which names
+// that unit, one that was taken over stays until it is told to stop, and does
+// not take back what it had when its supervisor restarts it.
 package main
 
 import (
@@ -45,6 +47,8 @@ var (
 	limit    = flag.Duration("drain", 30*time.Second, "longest `time` to serve connected clients after the end of accepting")
 	timeout  = flag.Duration("timeout", ecdysis.DefaultUpgradeTimeout, "longest `time` that a new process may take to become ready")
 	standBy  = flag.Duration("probation", 0, "`time` for which the old process comes back if the new one ends")
+
+	unit     = flag.String("unit", "", "`name` of the container, pod or unit that this process belongs to; empty: none")
 
 	askUpgrade = flag.Bool("upgrade", false, "make the process that runs with this -control upgrade itself, and exit")
 	askStop    = flag.Bool("stop", false, "make it stop, and exit")
@@ -99,8 +103,14 @@ func run() error {
 		StopSocket:         socket("stop"),
 		PartialStopSocket:  socket("partial-stop"),
 		TakeoverSocket:     socket("takeover"),
+		Unit:               *unit,
 		Notify:             func(e ecdysis.Event) { log.Print(e) },
 	})
+	if errors.Is(err, ecdysis.ErrRetired) {
+		log.Print(err)
+		log.Print("stopping by signal ", ecdysis.WaitRetired(syscall.SIGTERM, os.Interrupt))
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -133,16 +143,21 @@ func run() error {
 	for _, ln := range listeners {
 		go srv.Serve(ln) // until Shutdown, because nothing else ends Accept
 	}
-	u.Wait() // until replaced or stopped
+	e := u.Wait() // until replaced or stopped
 	ctx, cancel := context.WithTimeout(context.Background(), *limit)
 	defer cancel()
 	err = srv.Shutdown(ctx)
-	u.Stop() // says goodbye after a partial stop; nothing after the others
 	if err != nil {
 		log.Print(err) // how many clients did not end in time
-		return nil
+	} else {
+		log.Print("all clients are served")
 	}
-	log.Print("all clients are served")
+	switch {
+	case e.Kind == ecdysis.EventPartialStop:
+		u.Stop()
+	case e.Takeover && *unit != "":
+		u.Wait() // until the supervisor stops this unit
+	}
 	return nil
 }
 

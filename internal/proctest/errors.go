@@ -17,7 +17,7 @@ import (
 // its test. Both are the same program, so that an index names one.
 var known = []error{
 	ecdysis.ErrNotReady, ecdysis.ErrInProgress, ecdysis.ErrUpgraded, ecdysis.ErrStopped,
-	ecdysis.ErrDraining, ecdysis.ErrInit, ecdysis.ErrAborted,
+	ecdysis.ErrDraining, ecdysis.ErrRetired, ecdysis.ErrInit, ecdysis.ErrAborted,
 	os.ErrDeadlineExceeded, os.ErrNotExist, os.ErrPermission, os.ErrClosed, os.ErrExist,
 	net.ErrClosed, io.EOF, io.ErrUnexpectedEOF, errors.ErrUnsupported,
 	context.DeadlineExceeded, context.Canceled,
