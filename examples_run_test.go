@@ -186,7 +186,7 @@ func TestReadme(t *testing.T) {
 	}
 	_, program, _ := strings.Cut(string(readme), "```go\n")
 	program, _, _ = strings.Cut(program, "```")
-	want := strings.NewReplacer("package ecdysis_test", "package main", "func Example()", "func main()",
+	want := strings.NewReplacer("//go:build darwin || dragonfly || freebsd || linux || netbsd || openbsd\n\n", "", "package ecdysis_test", "package main", "func Example()", "func main()",
 		"// As a program of its own, Example is main.\n", "").Replace(string(example))
 	if program != want {
 		t.Errorf("the README's first Go program is not example_test.go with main for Example; it is:\n%s\nwant:\n%s", program, want)
