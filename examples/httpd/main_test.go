@@ -276,8 +276,15 @@ func TestUpgradeAndStop(t *testing.T) {
 				}
 				resp.Body.Close()
 				streaming.CloseIdleConnections()
-				if scheme == "http" { // over HTTP/2 the client was asked to open no more streams
+				if scheme == "http" {
 					d.wants(kept, pid, generation) // on its connection, for the last time
+				} else { // over HTTP/2 until it reads that it is to open no more streams
+					page := func(pid, generation int) string { return fmt.Sprintf("pid=%d generation=%d\n", pid, generation) }
+					for got := ""; got != page(next, generation+1); {
+						if got, err = ask(kept, d.url); err != nil || got != page(pid, generation) && got != page(next, generation+1) {
+							t.Fatalf("got %q, %v; want an answer of process %d or %d", got, err, pid, next)
+						}
+					}
 				}
 				d.wants(kept, next, generation+1)
 				d.ended(pid)
