@@ -507,3 +507,32 @@ func TestLongReason(t *testing.T) {
 		t.Errorf("%d bytes were not sent when sendFail returned", len(s.out))
 	}
 }
+
+// The system names the process that has sent READY, where it can.
+func TestSenderOfReady(t *testing.T) {
+	near, far := pairOf(t, unix.SOCK_STREAM)
+	on(t, near, wantSender)
+	s, err := streamOn(near)
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer, err := streamOn(far)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, kind := range []byte{frameAck, frameReady} {
+		if err := peer.send(kind, nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		if f, err := s.read(time.Now().Add(20 * time.Second)); err != nil || f.kind != kind {
+			t.Fatalf("frame %q, %v; want %q", f.kind, err, kind)
+		}
+	}
+	want := 0
+	if senderSpace > 0 {
+		want = os.Getpid()
+	}
+	if s.sender != want {
+		t.Errorf("the sender is %d; want %d", s.sender, want)
+	}
+}

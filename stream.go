@@ -309,8 +309,11 @@ func (s *stream) send(kind byte, records []record, fds []int) error {
 		return err
 	}
 	var oob []byte
-	if len(fds) > 0 {
+	switch {
+	case len(fds) > 0:
 		oob = unix.UnixRights(fds...)
+	case kind == frameReady: // whose sender the predecessor watches
+		oob = nameSender()
 	}
 	b := appendFrame(nil, kind, records)
 	if len(b) > frameHeader+maxFrame {

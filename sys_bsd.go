@@ -53,13 +53,6 @@ func useReserve(fd int) {
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 128<<10)
 }
 
-// The process ID of a message's sender is not to be had.
-const senderSpace = 0
-
-func wantSender(int) {}
-
-func senderOf(*unix.SocketControlMessage) int { return 0 }
-
 // A watch tells when a process exits, by kqueue(2), or by wait4(2) where the
 // system refuses that and the process is a child.
 type watch struct {

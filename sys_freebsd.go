@@ -1,6 +1,10 @@
 package ecdysis
 
-import "golang.org/x/sys/unix"
+import (
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
 
 const reusePort = unix.SO_REUSEPORT_LB
 
@@ -11,4 +15,28 @@ func peerCred(fd int) (Cred, error) {
 		return Cred{}, err
 	}
 	return Cred{UID: int(x.Uid)}, nil
+}
+
+// A message names its sender's process if that asks for it: the system fills in
+// a structure whose first field is the process ID (struct cmsgcred, unix(4)).
+const sizeofCmsgcred = 84
+
+var senderSpace = unix.CmsgSpace(sizeofCmsgcred)
+
+func wantSender(int) {}
+
+// nameSender returns the control data by which a message names its sender.
+func nameSender() []byte {
+	b := make([]byte, unix.CmsgSpace(sizeofCmsgcred))
+	h := (*unix.Cmsghdr)(unsafe.Pointer(&b[0]))
+	h.Level, h.Type = unix.SOL_SOCKET, unix.SCM_CREDS
+	h.SetLen(unix.CmsgLen(sizeofCmsgcred))
+	return b
+}
+
+func senderOf(m *unix.SocketControlMessage) int {
+	if m.Header.Level != unix.SOL_SOCKET || m.Header.Type != unix.SCM_CREDS || len(m.Data) < sizeofCmsgcred {
+		return 0
+	}
+	return int(*(*int32)(unsafe.Pointer(&m.Data[0])))
 }

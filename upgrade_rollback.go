@@ -142,10 +142,13 @@ func (a *attempt) awaitEnd() {
 // kill.
 func (a *attempt) kill() error {
 	err := a.child.kill()
-	if a.readyProcess != nil {
+	switch {
+	case a.readyProcess != nil:
 		if kerr := a.readyProcess.kill(); kerr != nil {
 			err = kerr
 		}
+	case a.wrapped:
+		err = errors.New("the system does not name the process that has sent READY")
 	}
 	return err
 }
