@@ -48,7 +48,7 @@ var (
 	timeout  = flag.Duration("timeout", ecdysis.DefaultUpgradeTimeout, "longest `time` that a new process may take to become ready")
 	standBy  = flag.Duration("probation", 0, "`time` for which the old process comes back if the new one ends")
 
-	unit     = flag.String("unit", "", "`name` of the container, pod or unit that this process belongs to; empty: none")
+	unit = flag.String("unit", "", "`name` of the container, pod or unit that this process belongs to; empty: none")
 
 	askUpgrade = flag.Bool("upgrade", false, "make the process that runs with this -control upgrade itself, and exit")
 	askStop    = flag.Bool("stop", false, "make it stop, and exit")
