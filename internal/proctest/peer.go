@@ -21,7 +21,7 @@ import (
 // A Record is the fields, "key=value", of one record of a frame.
 type Record = []string
 
-// Frame encodes a frame of the protocol, as docs/design.md has it.
+// Frame encodes a frame of the protocol, as docs/protocol.md has it.
 func Frame(kind byte, records ...Record) []byte {
 	var b []byte
 	for _, r := range records {
