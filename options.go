@@ -176,7 +176,7 @@ func (o Options) check() (Options, error) {
 		return o, fmt.Errorf("MaxDraining is %d; want -1 (for none), 0 (for any number) or more", o.MaxDraining)
 	}
 	if len(o.Unit) > maxUnit {
-		return o, fmt.Errorf("Unit has %d bytes; want at most %d", len(o.Unit), maxUnit)
+		return o, fmt.Errorf("the Unit has %d bytes; want at most %d", len(o.Unit), maxUnit)
 	}
 	if err := o.checkPaths(); err != nil {
 		return o, err
