@@ -1262,55 +1262,6 @@ func (p *proc) hasEvents(want ...ecdysis.EventKind) {
 	}
 }
 
-// A crashLoad is clients for a process that will be killed: they may lose
-// what it had accepted, but are never refused and never left alone.
-type crashLoad struct {
-	load
-	cut atomic.Int64
-}
-
-func startCrashLoad(t *testing.T, addrs [][2]string) *crashLoad {
-	l := &crashLoad{load: load{t: t, stop: make(chan struct{})}}
-	for _, a := range addrs {
-		l.wg.Go(func() {
-			for {
-				select {
-				case <-l.stop:
-					return
-				default:
-				}
-				c, err := net.DialTimeout(a[0], a[1], patience)
-				if err == nil {
-					if _, _, err = askOn(c); err == nil {
-						l.answered.Add(1)
-					} else if !errors.Is(err, os.ErrDeadlineExceeded) {
-						l.cut.Add(1)
-						err = nil
-					}
-					c.Close()
-				}
-				if err != nil {
-					l.mu.Lock()
-					l.failures = append(l.failures, err.Error())
-					l.mu.Unlock()
-				}
-			}
-		})
-	}
-	t.Cleanup(l.end)
-	return l
-}
-
-// check ends the load and asserts that at most one connection for each client
-// was in the hands of a process that was killed.
-func (l *crashLoad) check(clients int64) {
-	l.t.Helper()
-	l.load.check()
-	if n := l.cut.Load(); n > clients {
-		l.t.Errorf("%d connections were cut; there were %d clients and one process was killed", n, clients)
-	}
-}
-
 // unkillable starts a first process that is not root, and returns it with the
 // command that starts a successor that is.
 func unkillable(t *testing.T, specs ...spec) (*hub, *proc, command) {

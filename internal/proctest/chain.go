@@ -147,6 +147,13 @@ func As(r Role) func(*exec.Cmd) {
 	return func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, r.Env()) }
 }
 
+// HubAt says by which path a process that Launch starts finds the Hub, if it is
+// not that of the test, as in a container. The Dir of the process is the
+// directory of this path.
+func HubAt(path string) func(*exec.Cmd) {
+	return func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, hubVar+"="+path) }
+}
+
 // Next returns the next process that connects.
 func (c *Chain) Next() *Proc {
 	c.T.Helper()

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -17,8 +18,30 @@ func (a Addr) String() string { return a.Network + " " + a.Address }
 
 func (a Addr) packets() bool { return strings.HasPrefix(a.Network, "udp") || a.Network == "unixgram" }
 
-// Dial connects.
-func (a Addr) Dial() (net.Conn, error) { return net.DialTimeout(a.Network, a.Address, Patience) }
+// Dial connects. A Unix datagram socket is bound, so that it can be answered.
+func (a Addr) Dial() (net.Conn, error) {
+	if a.Network != "unixgram" {
+		return net.DialTimeout(a.Network, a.Address, Patience)
+	}
+	dir, err := os.MkdirTemp("", "ecd")
+	if err != nil {
+		return nil, err
+	}
+	c, err := net.DialUnix(a.Network, &net.UnixAddr{Net: a.Network, Name: filepath.Join(dir, "client")}, &net.UnixAddr{Net: a.Network, Name: a.Address})
+	if err != nil {
+		os.RemoveAll(dir)
+		return nil, err
+	}
+	return unixgramConn{c, dir}, nil
+}
+
+// A unixgramConn has its file in a directory that Close removes.
+type unixgramConn struct {
+	*net.UnixConn
+	dir string
+}
+
+func (c unixgramConn) Close() error { return errors.Join(c.UnixConn.Close(), os.RemoveAll(c.dir)) }
 
 // Ask connects, sends a line or packet, and returns who answers.
 func (a Addr) Ask() (pid, generation int, err error) {

@@ -94,6 +94,20 @@ func DialPeer(t testing.TB, path string) *Peer {
 	return newPeer(t, c)
 }
 
+// AcceptPeer accepts a connection, in the place of a process that serves a
+// takeover socket.
+func AcceptPeer(t testing.TB, ln *net.UnixListener) *Peer {
+	t.Helper()
+	if err := ln.SetDeadline(time.Now().Add(Patience)); err != nil {
+		t.Fatal(err)
+	}
+	c, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newPeer(t, c)
+}
+
 func newPeer(t testing.TB, c net.Conn) *Peer {
 	t.Helper()
 	t.Cleanup(func() { c.Close() })

@@ -100,10 +100,10 @@ func (p *Proc) until(what string, f func() bool) {
 }
 
 // Children is ChildrenOf p.
-func (p *Proc) Children() []string { p.T.Helper(); return ChildrenOf(p.T, p.PID) }
+func (p *Proc) Children() []string { p.T.Helper(); return ChildrenOf(p.T, p.Process.Pid) }
 
 // Parent is ParentOf p.
-func (p *Proc) Parent() int { p.T.Helper(); return ParentOf(p.T, p.PID) }
+func (p *Proc) Parent() int { p.T.Helper(); return ParentOf(p.T, p.Process.Pid) }
 
 // Goroutines counts p's goroutines.
 func (p *Proc) Goroutines() int { p.T.Helper(); return callGoroutines.On(p) }
