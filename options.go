@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"slices"
 	"strings"
 	"time"
@@ -146,6 +147,9 @@ type Command struct {
 	Sibling bool
 }
 
+// maxUnit is the length of the longest Options.Unit.
+const maxUnit = 256
+
 // A socketPath is one of the paths of control sockets in Options.
 type socketPath struct {
 	option string // the name of the field
@@ -234,4 +238,14 @@ func (o *Options) checkSignals() error {
 		}
 	}
 	return nil
+}
+
+// WaitRetired waits for one of the signals, and returns it. It is for a program
+// whose New has returned ErrRetired: its supervisor would restart it if it
+// exited, and tells it by a signal when it is to end.
+func WaitRetired(signals ...os.Signal) os.Signal {
+	ch := make(chan os.Signal, 1)
+	signal.Notify(ch, signals...)
+	defer signal.Stop(ch)
+	return <-ch
 }

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/signal"
 	"slices"
 	"sync"
 	"time"
@@ -19,12 +18,8 @@ import (
 
 // A takeover: a process that nobody here has started becomes the successor.
 
-// maxUnit is the length of the longest Options.Unit, and maxRetired how many
-// retired units are handed on.
-const (
-	maxUnit    = 256
-	maxRetired = 64
-)
+// maxRetired is how many retired units are handed on.
+const maxRetired = 64
 
 // isRetired reports whether a unit was replaced.
 func (u *Upgrader) isRetired(unit string) bool { return unit != "" && slices.Contains(u.retired, unit) }
@@ -39,16 +34,6 @@ func (u *Upgrader) inheritRetired(hello frame) {
 		u.retired = append(slices.DeleteFunc(u.retired, func(s string) bool { return s == unit }), unit)
 	}
 	u.retired = u.retired[max(0, len(u.retired)-maxRetired):]
-}
-
-// WaitRetired waits for one of the signals, and returns it. It is for a program
-// whose New has returned ErrRetired: its supervisor would restart it if it
-// exited, and tells it by a signal when it is to end.
-func WaitRetired(signals ...os.Signal) os.Signal {
-	ch := make(chan os.Signal, 1)
-	signal.Notify(ch, signals...)
-	defer signal.Stop(ch)
-	return <-ch
 }
 
 // maxPendingTakers is how many clients of the takeover socket may have sent
