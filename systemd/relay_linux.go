@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
@@ -18,23 +20,30 @@ import (
 // process, and closes the connection. If it dies or gives the successor up, the
 // connection ends, too.
 //
-// A nil relay is no way at all: nobody has started this process. Notifier.mu
-// guards its use.
+// A nil relay is no way at all: no predecessor has started this process.
+// Notifier.mu guards its use.
 type relay struct {
-	c *net.UnixConn // nil: it has ended
+	address string
+	c       *net.UnixConn // nil if it has ended, or could not be made
+	err     error         // why it could not be made, although the predecessor listens; nil otherwise
 }
 
-// dialRelay returns nil if there is nobody: an old process that could not
-// listen, or that has died.
+// dialRelay returns nil if there is no predecessor. One that could not listen,
+// or that has died, is a relay that has ended.
 func dialRelay(address string) *relay {
 	if address == "" {
 		return nil
 	}
-	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Net: "unixpacket", Name: address})
-	if err != nil {
-		return &relay{}
+	r := &relay{address: address}
+	r.dial()
+	return r
+}
+
+func (r *relay) dial() {
+	r.c, r.err = net.DialUnix("unixpacket", nil, &net.UnixAddr{Net: "unixpacket", Name: r.address})
+	if errors.Is(r.err, unix.ECONNREFUSED) {
+		r.err = nil // it has ended
 	}
-	return &relay{c}
 }
 
 // open reports whether the old process still speaks for this one.
@@ -56,7 +65,15 @@ func (r *relay) ended() bool {
 // send reports true if the old process has the message or will find it, or if
 // that went wrong, and false if systemd itself is to be told.
 func (r *relay) send(message string, files []*os.File) (done bool, err error) {
-	if r == nil || r.c == nil {
+	if r != nil && r.err != nil {
+		r.dial() // its queue may have room by now
+	}
+	switch {
+	case r == nil:
+		return false, nil
+	case r.err != nil:
+		return true, fmt.Errorf("to the old process, for systemd: %w", r.err)
+	case r.c == nil:
 		return false, nil
 	}
 	// Nobody reads until the end: what does not fit now will not.
@@ -88,18 +105,63 @@ func (r *relay) close() {
 	}
 }
 
-// A relayListener is where the successor of one attempt finds this process. A
-// nil one takes nobody.
-type relayListener struct{ l *net.UnixListener }
+// A relayListener is where the successor of one attempt finds this process, until
+// close ends its goroutine. Any process can connect to an abstract name, so the
+// goroutine lets those of other users go at once: their connections must not
+// fill the queue. A nil relayListener takes nobody.
+type relayListener struct {
+	l    *net.UnixListener
+	done chan struct{} // closed when the goroutine has ended
+
+	mu   sync.Mutex
+	kept []*net.UnixConn // of this user, in the order of their coming
+}
+
+// maxKept is how many connections of this process's user are kept, one of which
+// is the successor's.
+const maxKept = 16
 
 // listenRelay listens at an abstract name that the system chooses. If it cannot,
-// the successor is heard when it is introduced.
+// what the successor says reaches systemd after it is introduced.
 func listenRelay() *relayListener {
 	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Net: "unixpacket"})
 	if err != nil {
 		return nil
 	}
-	return &relayListener{l}
+	r := &relayListener{l: l, done: make(chan struct{})}
+	go r.serve()
+	return r
+}
+
+// serve accepts until close or accept ends it by a deadline.
+func (l *relayListener) serve() {
+	defer close(l.done)
+	for {
+		c, err := l.l.AcceptUnix()
+		if errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
+			return
+		}
+		if err != nil { // a lack of descriptors, whose end is no event
+			time.Sleep(10 * time.Millisecond)
+			continue
+		}
+		l.keep(c)
+	}
+}
+
+func (l *relayListener) keep(c *net.UnixConn) {
+	cred, err := ecdysis.PeerCred(c)
+	if err != nil || cred.UID != os.Geteuid() && cred.UID != 0 {
+		c.Close()
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.kept) == maxKept {
+		l.kept[0].Close()
+		l.kept = l.kept[1:]
+	}
+	l.kept = append(l.kept, c)
 }
 
 func (l *relayListener) address() string {
@@ -110,20 +172,48 @@ func (l *relayListener) address() string {
 }
 
 func (l *relayListener) close() {
-	if l != nil {
-		l.l.Close()
+	if l == nil {
+		return
 	}
+	l.l.Close()
+	<-l.done
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, c := range l.kept {
+		c.Close()
+	}
+	l.kept = nil
 }
 
-// accept returns the connection of this process; nil: it has made none. Anybody
-// may connect, so it looks who it is. It does not wait.
+// accept returns the connection of this process, or nil if it has made none. It
+// does not wait for one.
 func (l *relayListener) accept(pid int) (*net.UnixConn, error) {
 	if l == nil {
 		return nil, nil
 	}
+	if err := l.l.SetDeadline(time.Unix(1, 0)); err != nil {
+		return nil, err
+	}
+	<-l.done
+	if err := l.acceptRest(); err != nil {
+		return nil, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i, c := range l.kept {
+		if cred, err := ecdysis.PeerCred(c); err == nil && cred.PID == pid {
+			l.kept = slices.Delete(l.kept, i, i+1)
+			return c, nil
+		}
+	}
+	return nil, nil
+}
+
+// acceptRest accepts what has come, and does not wait.
+func (l *relayListener) acceptRest() error {
 	raw, err := l.l.SyscallConn()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for {
 		nfd := -1
@@ -135,24 +225,20 @@ func (l *relayListener) accept(pid int) (*net.UnixConn, error) {
 				}
 			}
 		})
-		if cerr != nil {
-			return nil, cerr
-		}
-		if err == unix.EAGAIN {
-			return nil, nil
-		}
-		if err != nil {
-			return nil, os.NewSyscallError("accept4", err)
+		switch {
+		case cerr != nil:
+			return cerr
+		case err == unix.EAGAIN:
+			return nil
+		case err != nil:
+			return os.NewSyscallError("accept4", err)
 		}
 		f := os.NewFile(uintptr(nfd), "")
 		c, err := net.FileConn(f)
 		f.Close()
 		if err != nil {
-			return nil, err
+			return err
 		}
-		if cred, err := ecdysis.PeerCred(c.(*net.UnixConn)); err == nil && cred.PID == pid {
-			return c.(*net.UnixConn), nil
-		}
-		c.Close()
+		l.keep(c.(*net.UnixConn))
 	}
 }

@@ -431,6 +431,33 @@ func (n *Notifier) Watchdog() (interval time.Duration, ping func() error) {
 }
 
 // say does what a call named what is for, if systemd listens to this process.
+// Send sends lines of sd_notify(3) for which there is no method, such as
+// "MONITOR_ENV=1" or "X_MYAPP_READY=1", separated by newlines. Of a successor
+// they are sent when it has taken over. READY=1, RELOADING=1, STOPPING=1 and
+// MAINPID= are the package's, and an error, because systemd would follow them
+// at the wrong time.
+func (n *Notifier) Send(lines string) error {
+	return n.say("send", func() error {
+		if err := checkLines(lines); err != nil {
+			return err
+		}
+		return n.send(strings.TrimSuffix(lines, "\n"))
+	})
+}
+
+func checkLines(lines string) error {
+	for _, line := range strings.Split(strings.TrimSuffix(lines, "\n"), "\n") {
+		name, _, ok := strings.Cut(line, "=")
+		switch {
+		case !ok || name == "":
+			return fmt.Errorf("the line %q; want NAME=value", line)
+		case slices.Contains([]string{"READY", "RELOADING", "STOPPING", "MAINPID", "MAINPIDFDID", "FDSTORE", "BARRIER"}, name):
+			return fmt.Errorf("the line %q; %s= is told by this package", line, name)
+		}
+	}
+	return nil
+}
+
 func (n *Notifier) say(what string, f func() error) error {
 	if n == nil {
 		return ErrNoSocket

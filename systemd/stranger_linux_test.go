@@ -1,0 +1,76 @@
+package systemd_test
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/ecdysis-go/ecdysis"
+)
+
+func init() {
+	// A process of another user that fills the relay's queue.
+	mains["flood"] = func() {
+		if err := syscall.Setuid(65534); err != nil {
+			fmt.Println("flooded", err)
+			return
+		}
+		var held []net.Conn
+		for range 5000 { // more than any queue holds
+			c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Net: "unixpacket", Name: os.Args[1]})
+			if err != nil {
+				fmt.Println("flooded", err)
+				return
+			}
+			held = append(held, c)
+		}
+		_, err := held[0].Read(make([]byte, 1)) // it was let go
+		fmt.Println("flooded", err)
+		_, _ = io.Copy(io.Discard, os.Stdin)
+	}
+}
+
+// A process of another user cannot keep the successor from the relay.
+func TestRelayFlood(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("needs root, to become another user")
+	}
+	m := newManager(t, socketPath(t))
+	_, opts, _ := hooked(t, m)
+	c := prepare(t, m, opts)
+	p := program(t, "flood", nil, relayAddress(c))
+	defer func() { p.in.Close(); p.wait() }()
+	p.expect("flooded EOF")
+	n, _ := successor(t, m, c)
+	if err := n.Status("warm"); err != nil {
+		t.Fatal(err)
+	}
+	go opts.Notify(ecdysis.Event{Kind: ecdysis.EventUpgraded, PID: os.Getpid(), Generation: 1})
+	m.gets("STATUS=warm")
+	m.gets("MAINPID=" + strconv.Itoa(os.Getpid()) + "\nREADY=1")
+	m.barrier()()
+}
+
+// Lines for which there is no method are sent, and those that are the package's
+// are refused.
+func TestSend(t *testing.T) {
+	t.Parallel()
+	m := newManager(t, socketPath(t))
+	n, _, _ := hooked(t, m)
+	if err := n.Send("ERRNO=2\nX_MINE=1\n"); err != nil {
+		t.Fatal(err)
+	}
+	m.gets("ERRNO=2\nX_MINE=1")
+	for _, lines := range []string{"", "x", "=1", "READY=1", "A=b\nMAINPID=1", "STOPPING=1", "A=b\n\nC=d"} {
+		if err := n.Send(lines); err == nil || !strings.HasPrefix(err.Error(), "systemd: send: the line ") {
+			t.Errorf("Send(%q): %v; want an error that names the line", lines, err)
+		}
+	}
+	m.hasAll()
+}
