@@ -62,9 +62,14 @@ func (c *Conn) readBatch(ms []netMessage) (int, error) {
 	if err := c.read(r); err != nil {
 		return 0, err
 	}
+	var addrs []addrBlock // few at once, because the caller may keep one for long
 	for i := range r.msgs[:r.n] {
+		if len(addrs) == 0 {
+			addrs = make([]addrBlock, min(4, r.n-i))
+		}
 		m := &r.msgs[i]
-		ms[i].N, ms[i].NN, ms[i].Flags, ms[i].Addr = m.n, m.oobn, m.flags, udpAddr(m.from)
+		ms[i].N, ms[i].NN, ms[i].Flags, ms[i].Addr = m.n, m.oobn, m.flags, addrs[0].set(m.from)
+		addrs = addrs[1:]
 	}
 	return r.n, nil
 }

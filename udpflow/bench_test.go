@@ -2,69 +2,112 @@ package udpflow
 
 import (
 	"net"
-	"net/netip"
 	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // BenchmarkRead measures what a packet of one's own costs, and one that is
-// forwarded and read in the older process, against net's own read. The three
-// take turns, with packets that are in the socket before the clock runs, and
-// the medians of all turns are compared, because other programs disturb some.
+// forwarded and read in the older process, against net's own read, and in
+// batches of 32 against what golang.org/x/net does: one recvmmsg(2) and an
+// address for each packet. All take turns, with packets that are in the socket
+// before the clock runs, and the medians of all turns are compared, because
+// other programs disturb some.
 func BenchmarkRead(b *testing.B) {
 	const burst = 256
-	packet := make([]byte, 200)
-	buf := make([]byte, 1500)
+	packet, buf := make([]byte, 200), make([]byte, 1500)
 	plain, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		b.Fatal(err)
 	}
 	defer plain.Close()
-	alone, c := listen(b, "udp", "127.0.0.1:0", Config{}), listen(b, "udp", "127.0.0.1:0", Config{})
+	c := listen(b, "udp", "127.0.0.1:0", Config{})
 	older := addOlder(b, c, 1)
-	for _, x := range []interface{ SetReadBuffer(int) error }{plain, alone, c} {
+	for _, x := range []interface{ SetReadBuffer(int) error }{plain, c} {
 		if err := x.SetReadBuffer(1 << 20); err != nil {
 			b.Fatal(err)
 		}
 	}
-	send := func(client *net.UDPConn, n int) {
+	dialTo := func(a net.Addr) net.Conn {
+		client, err := net.Dial("udp", a.String())
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() { client.Close() })
+		return client
+	}
+	toPlain, own, others := dialTo(plain.LocalAddr()), dialTo(c.LocalAddr()), dialTo(c.LocalAddr())
+	older.Claim(keyOf(others))
+	send := func(client net.Conn, n int) {
 		for range n {
 			if _, err := client.Write(packet); err != nil {
 				b.Fatal(err)
 			}
 		}
 	}
-	read := func(r interface {
-		ReadFromUDPAddrPort([]byte) (int, netip.AddrPort, error)
-	}, n int) {
+	single := func(r udpConn, n int) {
 		for range n {
 			if _, _, err := r.ReadFromUDPAddrPort(buf); err != nil {
 				b.Fatal(err)
 			}
 		}
 	}
-	toPlain, err := net.DialUDP("udp", nil, plain.LocalAddr().(*net.UDPAddr))
+	ms := make([]xnetMessage, 32)
+	for i := range ms {
+		ms[i].Buffers = [][]byte{make([]byte, 1500)}
+	}
+	batches := func(c *Conn, n int) {
+		for n > 0 {
+			k, err := BatchConn[xnetMessage]{c}.ReadBatch(ms, 0)
+			if err != nil {
+				b.Fatal(err)
+			}
+			n -= k
+		}
+	}
+	plainRaw, err := plain.SyscallConn()
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer toPlain.Close()
-	toAlone, own, others := dial(b, alone), dial(b, c), dial(b, c)
-	older.Claim(keyOf(others))
-	turns := []struct {
+	plainBatches := func(n int) {
+		r := newReader(len(ms))
+		defer r.free()
+		for i := range ms {
+			r.msgs[i].bufs = ms[i].Buffers
+		}
+		var k int
+		var rerr error
+		f := func(fd uintptr) bool { k, rerr = r.recv(int(fd)); return rerr != unix.EAGAIN }
+		for n > 0 {
+			if err := plainRaw.Read(f); err != nil || rerr != nil {
+				b.Fatal(err, rerr)
+			}
+			for i := range k {
+				ms[i].Addr = net.UDPAddrFromAddrPort(r.msgs[i].from)
+			}
+			n -= k
+		}
+	}
+
+	type turn struct {
 		name       string
 		send, read func()
 		took       []time.Duration
-	}{
-		{"net", func() { send(toPlain, burst) }, func() { read(plain, burst) }, nil},
-		{"alone", func() { send(toAlone, burst) }, func() { read(alone, burst) }, nil},
-		{"own", func() { send(own, burst) }, func() { read(c, burst) }, nil},
-		// One of its own ends the read that forwards the others.
-		{"forwarded", func() { send(others, burst); send(own, 1) }, func() { read(c, 1); read(older, burst) }, nil},
+	}
+	// A packet of c's own ends the read that forwards the others.
+	toPlainAll, toOwn, toOthers := func() { send(toPlain, burst) }, func() { send(own, burst) }, func() { send(others, burst); send(own, 1) }
+	turns := []*turn{
+		{name: "net", send: toPlainAll, read: func() { single(plain, burst) }},
+		{name: "own", send: toOwn, read: func() { single(c, burst) }},
+		{name: "forwarded", send: toOthers, read: func() { single(c, 1); single(older, burst) }},
+		{name: "batch", send: toPlainAll, read: func() { plainBatches(burst) }},
+		{name: "own-batch", send: toOwn, read: func() { batches(c, burst) }},
+		{name: "forwarded-batch", send: toOthers, read: func() { batches(c, 1); batches(older, burst) }},
 	}
 	for b.Loop() {
-		for i := range turns {
-			t := &turns[i]
+		for _, t := range turns {
 			t.send()
 			start := time.Now()
 			t.read()
@@ -72,15 +115,14 @@ func BenchmarkRead(b *testing.B) {
 		}
 	}
 	b.ReportMetric(0, "ns/op")
-	var floor float64
-	for _, t := range turns {
+	ns := make([]float64, len(turns))
+	for i, t := range turns {
 		slices.Sort(t.took)
-		ns := float64(t.took[len(t.took)/2].Nanoseconds()) / burst
-		b.ReportMetric(ns, t.name+"-ns/packet")
-		if floor == 0 {
-			floor = ns
+		ns[i] = float64(t.took[len(t.took)/2].Nanoseconds()) / burst
+		if floor := i - i%3; i != floor {
+			b.ReportMetric(ns[i]/ns[floor], t.name+"/"+turns[floor].name)
 		} else {
-			b.ReportMetric(ns/floor, t.name+"/net")
+			b.ReportMetric(ns[i], t.name+"-ns/packet")
 		}
 	}
 }

@@ -2,6 +2,7 @@ package udpflow
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -34,15 +35,16 @@ import (
 // take packets of older processes. File has the same fault.
 type Conn struct {
 	*ecdysis.UDPConn
-	config   Config
-	g        *group
-	self     *peer
-	raw      syscall.RawConn // of the socket; it waits as the core's reads do
-	inbox    *os.File        // packets from newer processes
-	inboxRaw syscall.RawConn
-	idle     uint64 // Config.IdleTimeout in milliseconds
-	stash    stash
-	done     chan struct{} // closed by Close
+	config    Config
+	g         *group
+	self      *peer
+	raw       syscall.RawConn // of the socket; it waits as the core's reads do
+	inbox     *os.File        // packets from newer processes
+	inboxRaw  syscall.RawConn
+	idle      uint64 // Config.IdleTimeout in milliseconds
+	byAddress bool   // a flow is a remote address
+	stash     stash
+	done      chan struct{} // closed by Close
 
 	source    atomic.Uint32 // where to read
 	named     atomic.Uint64 // when a packet last named this generation
@@ -66,6 +68,7 @@ const (
 
 func newConn(u *ecdysis.Upgrader, core *ecdysis.UDPConn, config Config) (*Conn, error) {
 	c := &Conn{UDPConn: core, config: config, idle: uint64((config.IdleTimeout + time.Millisecond - 1) / time.Millisecond), done: make(chan struct{})}
+	c.byAddress = config.Key == nil && config.Generation == nil
 	var err error
 	if c.raw, err = core.SyscallConn(); err != nil {
 		return nil, err
@@ -91,15 +94,13 @@ func (c *Conn) read(r *reader) error {
 		}
 		var err error
 		source := c.source.Load()
-		switch single := len(r.msgs) == 1; {
-		case source == fromSocket && single:
-			err = c.raw.Read(r.stashFromSocket)
-		case source == fromSocket:
-			err = c.raw.Read(r.fromSocket)
-		case single:
+		switch {
+		case source != fromSocket:
 			err = c.inboxRaw.Read(r.stashFromInbox)
+		case len(r.msgs) == 1:
+			err = c.raw.Read(r.stashFromSocket)
 		default:
-			err = c.inboxRaw.Read(r.fromInbox)
+			err = c.raw.Read(r.fromSocket)
 		}
 		switch {
 		case err == nil && r.err != nil:
@@ -321,6 +322,7 @@ func (c *Conn) Stats() Stats {
 // one. It is called while the packet is received.
 func (c *Conn) decide(m *message, packet []byte, now uint64) *peer {
 	peers := c.g.peers.Load()
+	m.named, m.tracked = false, false
 	if c.config.Generation != nil {
 		if b, ok := c.config.Generation(packet); ok {
 			m.named = true
@@ -337,9 +339,9 @@ func (c *Conn) decide(m *message, packet []byte, now uint64) *peer {
 	}
 	var key []byte
 	var buf [64]byte
-	if from := unmapped(m.from); c.config.Key == nil {
-		key, _ = from.AppendBinary(buf[:0]) // never fails
-	} else if key = c.config.Key(packet, from); key == nil {
+	if c.config.Key == nil {
+		key = addressKey(buf[:0], m.from)
+	} else if key = c.config.Key(packet, unmapped(m.from)); key == nil {
 		return nil
 	}
 	t := c.g.table
@@ -347,12 +349,18 @@ func (c *Conn) decide(m *message, packet []byte, now uint64) *peer {
 	for {
 		s, state := t.find(hash, now)
 		if s == nil {
-			if !t.open(hash, c.self.owner, now, c.expiry(now)) {
+			if m.tracked = t.open(hash, c.self.owner, now, c.expiry(now)); !m.tracked {
 				c.untracked.Add(1)
 			}
 			return nil
 		}
-		switch p := peers.find(ownerOf(state)); {
+		m.tracked = true
+		owner := ownerOf(state)
+		if owner == c.self.owner {
+			c.refresh(s, state, now)
+			return nil
+		}
+		switch p := peers.find(owner); {
 		case p != nil:
 			c.refresh(s, state, now)
 			if p.own {
@@ -366,6 +374,16 @@ func (c *Conn) decide(m *message, packet []byte, now uint64) *peer {
 	}
 }
 
+// addressKey appends what MarshalBinary returns for an address.
+func addressKey(b []byte, a netip.AddrPort) []byte {
+	if ip := a.Addr(); ip.Is4() || ip.Is4In6() { // most are, and this is faster
+		ip4 := ip.As4()
+		return binary.LittleEndian.AppendUint16(append(b, ip4[:]...), a.Port())
+	}
+	b, _ = a.AppendBinary(b) // never fails
+	return b
+}
+
 func unmapped(a netip.AddrPort) netip.AddrPort {
 	if a.Addr().Is4In6() {
 		return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
@@ -375,7 +393,7 @@ func unmapped(a netip.AddrPort) netip.AddrPort {
 
 // wrote keeps the flow of an address from expiring.
 func (c *Conn) wrote(to netip.AddrPort) {
-	if c.config.Key != nil || c.config.Generation != nil {
+	if c.config.Key != nil {
 		return
 	}
 	c.g.life.RLock()
@@ -385,7 +403,7 @@ func (c *Conn) wrote(to netip.AddrPort) {
 		return
 	}
 	var buf [64]byte
-	key, _ := unmapped(to).AppendBinary(buf[:0])
+	key := addressKey(buf[:0], to)
 	now := c.g.clock.now()
 	if s, state := t.find(t.hash(key), now); s != nil && ownerOf(state) == c.self.owner {
 		c.refresh(s, state, now)
@@ -462,12 +480,13 @@ func (c *Conn) ReadMsgUDP(b, oob []byte) (n, oobn, flags int, from *net.UDPAddr,
 	return n, oobn, flags, udpAddr(a), nil
 }
 
-// udpAddr is net.UDPAddrFromAddrPort with one allocation.
-func udpAddr(a netip.AddrPort) *net.UDPAddr {
-	x := &struct {
-		a  net.UDPAddr
-		ip [16]byte
-	}{}
+// An addrBlock is a net.UDPAddr with its IP address.
+type addrBlock struct {
+	a  net.UDPAddr
+	ip [16]byte
+}
+
+func (x *addrBlock) set(a netip.AddrPort) *net.UDPAddr {
 	if ip := a.Addr(); ip.Is4() {
 		*(*[4]byte)(x.ip[:]) = ip.As4()
 		x.a.IP = x.ip[:4:4]
@@ -478,6 +497,9 @@ func udpAddr(a netip.AddrPort) *net.UDPAddr {
 	x.a.Port = int(a.Port())
 	return &x.a
 }
+
+// udpAddr is net.UDPAddrFromAddrPort with one allocation.
+func udpAddr(a netip.AddrPort) *net.UDPAddr { return new(addrBlock).set(a) }
 
 // WriteTo is as of net.UDPConn.
 func (c *Conn) WriteTo(b []byte, to net.Addr) (int, error) {

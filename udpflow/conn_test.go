@@ -257,20 +257,43 @@ func TestReadBatch(t *testing.T) {
 // Control data up to 128 bytes is forwarded, and what is longer is said to be
 // cut.
 func TestControlForwarded(t *testing.T) {
-	m := &message{from: netip.MustParseAddrPort("127.0.0.1:1"), control: bytes.Repeat([]byte{7}, 128)}
-	var h record
 	one := unix.UnixRights(1)
 	for n := range 20 {
-		m.control = bytes.Repeat(one, n)
-		h.encode(m)
-		got := &message{oob: make([]byte, 200)}
-		h.decode(got)
-		got.take(got)
+		m := &message{from: netip.MustParseAddrPort("127.0.0.1:1"), control: bytes.Repeat(one, n), n: 3}
+		all := m.control
+		b := append(append(recordBytes(m), m.control...), "abc"...)
+		got, x := &message{oob: make([]byte, 200), bufs: [][]byte{make([]byte, 10)}}, &message{}
+		if rest, ok := x.decode(b); !ok || len(rest) != 0 {
+			t.Fatalf("%d bytes are left, %v", len(rest), ok)
+		}
+		got.take(x)
 		want := min(n, 128/len(one)) * len(one)
-		if string(got.oob[:got.oobn]) != string(m.control[:want]) || (got.flags&unix.MSG_CTRUNC != 0) != (len(m.control) > 128) {
-			t.Errorf("%d bytes: %d, flags %#x; want %d", len(m.control), got.oobn, got.flags, want)
+		if string(got.oob[:got.oobn]) != string(all[:want]) || (got.flags&unix.MSG_CTRUNC != 0) != (len(all) > 128) || string(got.bufs[0][:got.n]) != "abc" {
+			t.Errorf("%d bytes: %d, flags %#x; want %d", len(all), got.oobn, got.flags, want)
 		}
 	}
+}
+
+// FuzzRecord decodes what another process may have sent.
+func FuzzRecord(f *testing.F) {
+	m := &message{from: netip.MustParseAddrPort("[2001:db8::1]:1"), control: unix.UnixRights(1), n: 3}
+	f.Add(append(append(recordBytes(m), m.control...), "abc"...))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		left := len(b)
+		for b, ok := b, true; ok; {
+			var x message
+			if b, ok = x.decode(b); !ok {
+				return
+			}
+			if used := recordSize + len(x.control) + x.n; left-len(b) != used || x.n != len(x.first()) {
+				t.Fatalf("%d bytes for a record of %d", left-len(b), used)
+			}
+			left = len(b)
+			got := &message{oob: make([]byte, 50), bufs: [][]byte{make([]byte, 7), make([]byte, 9)}}
+			got.take(&x)
+		}
+	})
 }
 
 // mustRead returns the next packet of c.
@@ -451,11 +474,8 @@ func inject(t testing.TB, c *Conn, text string) {
 	if err := u.AddFile(c.self.name, w); err != nil {
 		t.Fatal(err)
 	}
-	var h record
-	h.encode(&message{from: netip.MustParseAddrPort("127.0.0.1:9")})
-	b := make([]byte, recordSize)
-	copy(b, recordBytes(&h))
-	if _, err := w.Write(append(b, text...)); err != nil {
+	m := &message{from: netip.MustParseAddrPort("127.0.0.1:9"), n: len(text)}
+	if _, err := w.Write(append(recordBytes(m), text...)); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -18,7 +18,7 @@ type vector struct{ records []record }
 
 func (v *vector) grow(n int) { v.records = make([]record, n) }
 
-func (v *vector) clear(int) {}
+func (v *vector) clear() {}
 
 // recv receives a packet from the socket.
 func (r *reader) recv(fd int) (int, error) {
@@ -42,49 +42,24 @@ func (r *reader) recv(fd int) (int, error) {
 	}
 }
 
-// withRecord returns the buffers of a message with its record before them.
-func (r *reader) withRecord(i int) [][]byte {
-	return append([][]byte{unsafe.Slice((*byte)(unsafe.Pointer(&r.records[i])), recordSize)}, r.msgs[i].bufs...)
-}
-
-// recvForwarded receives a packet from the inbox. n is negative in a message
-// that is none.
-func (r *reader) recvForwarded(fd int) (int, error) {
-	m := &r.msgs[0]
-	for {
-		n, _, flags, _, err := unix.RecvmsgBuffers(fd, r.withRecord(0), nil, unix.MSG_DONTWAIT)
-		if err == unix.EINTR || err == unix.ECONNRESET { // a writer has closed
-			continue
+// send sends messages to an inbox, each after its record.
+func (r *reader) send(fd int, list []int) error {
+	var bufs [][]byte
+	for _, i := range list {
+		m := &r.msgs[i]
+		bufs = append(bufs, unsafe.Slice((*byte)(unsafe.Pointer(&r.records[i])), recordSize), m.control)
+		left := m.n
+		for _, b := range m.bufs {
+			b = b[:min(left, len(b))]
+			bufs = append(bufs, b)
+			left -= len(b)
 		}
-		if err != nil {
-			return 0, err
-		}
-		m.n, m.flags = n-recordSize, flags&unix.MSG_TRUNC
-		if m.n >= 0 {
-			r.records[0].decode(m)
-		}
-		return 1, nil
-	}
-}
-
-// send sends the first of the messages to an inbox, with its record.
-func (r *reader) send(fd int, list []int) (int, error) {
-	m := &r.msgs[list[0]]
-	bufs := r.withRecord(list[0])
-	left := m.n
-	for i, b := range bufs[1:] {
-		bufs[1+i] = b[:min(left, len(b))]
-		left -= len(bufs[1+i])
 	}
 	for {
 		_, err := unix.SendmsgBuffers(fd, bufs, nil, nil, unix.MSG_DONTWAIT)
-		if err == unix.EINTR {
-			continue
+		if err != unix.EINTR {
+			return err
 		}
-		if err != nil {
-			return 0, err
-		}
-		return 1, nil
 	}
 }
 
@@ -99,7 +74,7 @@ func inboxPair(buffer int) ([2]int, error) {
 	// packet. A value above the system's limit is refused.
 	for n := buffer; n >= 4<<10 && unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_RCVBUF, n) != nil; n /= 2 {
 	}
-	for n := 64<<10 + recordSize; n >= 4<<10 && unix.SetsockoptInt(fds[1], unix.SOL_SOCKET, unix.SO_SNDBUF, n) != nil; n /= 2 {
+	for n := inboxSize; n >= 4<<10 && unix.SetsockoptInt(fds[1], unix.SOL_SOCKET, unix.SO_SNDBUF, n) != nil; n /= 2 {
 	}
 	return fds, nil
 }

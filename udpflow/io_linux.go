@@ -8,16 +8,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A vector is the messages of a reader in the form of recvmmsg(2) and
-// sendmmsg(2). The calls are direct, because those of x/sys allocate the
-// sender's address of each packet, and take one packet each.
+// A vector is the messages of a reader in the form of recvmmsg(2), and what is
+// sent in that of sendmsg(2). The calls are direct, because those of x/sys
+// allocate the sender's address of each packet, and take one packet each.
 type vector struct {
 	headers []mmsghdr
-	iovecs  []unix.Iovec // of each message: the record, then the caller's buffers
-	first   []int        // where the iovecs of each message begin
 	names   []unix.RawSockaddrInet6
 	records []record
-	sending []mmsghdr
+	iovecs  []unix.Iovec
+	first   []int // where the iovecs of each message begin
+	out     unix.Msghdr
 }
 
 type mmsghdr struct {
@@ -28,32 +28,17 @@ type mmsghdr struct {
 func (v *vector) grow(n int) {
 	*v = vector{
 		headers: make([]mmsghdr, n),
-		iovecs:  v.iovecs[:0],
-		first:   make([]int, n),
 		names:   make([]unix.RawSockaddrInet6, n),
 		records: make([]record, n),
-		sending: make([]mmsghdr, n),
+		first:   make([]int, n),
 	}
 }
 
-// clear lets the caller's buffers of the first n messages go.
-func (v *vector) clear(n int) {
+// clear lets the caller's buffers go.
+func (v *vector) clear() {
 	clear(v.iovecs)
-	for i := range n {
+	for i := range v.headers {
 		v.headers[i].header.Control = nil
-	}
-}
-
-// lay makes the iovecs of all messages.
-func (r *reader) lay() {
-	v := &r.vector
-	v.iovecs = v.iovecs[:0]
-	for i := range r.msgs {
-		v.first[i] = len(v.iovecs)
-		v.iovecs = append(v.iovecs, iovec((*byte)(unsafe.Pointer(&v.records[i])), recordSize))
-		for _, b := range r.msgs[i].bufs {
-			v.iovecs = append(v.iovecs, iovec(unsafe.SliceData(b), len(b)))
-		}
 	}
 }
 
@@ -66,13 +51,19 @@ func iovec(base *byte, n int) (v unix.Iovec) {
 // recv receives what there is from the socket.
 func (r *reader) recv(fd int) (int, error) {
 	v := &r.vector
-	r.lay()
+	v.iovecs = v.iovecs[:0]
+	for i := range r.msgs {
+		v.first[i] = len(v.iovecs)
+		for _, b := range r.msgs[i].bufs {
+			v.iovecs = append(v.iovecs, iovec(unsafe.SliceData(b), len(b)))
+		}
+	}
 	for i := range r.msgs {
 		m, h := &r.msgs[i], &v.headers[i].header
 		h.Name, h.Namelen = (*byte)(unsafe.Pointer(&v.names[i])), uint32(unsafe.Sizeof(v.names[i]))
-		h.Iov = &v.iovecs[v.first[i]]
+		h.Iov = nil
 		if len(m.bufs) > 0 {
-			h.Iov = &v.iovecs[v.first[i]+1]
+			h.Iov = &v.iovecs[v.first[i]]
 		}
 		h.SetIovlen(len(m.bufs))
 		h.Control = unsafe.SliceData(m.oob)
@@ -104,30 +95,6 @@ func swap(port uint16) uint16 {
 	return uint16(b[0])<<8 | uint16(b[1])
 }
 
-// recvForwarded receives what there is from the inbox. n is negative in a
-// message that is none.
-func (r *reader) recvForwarded(fd int) (int, error) {
-	v := &r.vector
-	r.lay()
-	for i := range r.msgs {
-		h := &v.headers[i].header
-		h.Name, h.Namelen = nil, 0
-		h.Iov = &v.iovecs[v.first[i]]
-		h.SetIovlen(1 + len(r.msgs[i].bufs))
-		h.Control = nil
-		h.SetControllen(0)
-	}
-	n, err := v.recvmmsg(fd, len(r.msgs))
-	for i := range r.msgs[:n] {
-		m, h := &r.msgs[i], &v.headers[i]
-		m.n, m.flags = int(h.n)-recordSize, int(h.header.Flags)&unix.MSG_TRUNC
-		if m.n >= 0 {
-			v.records[i].decode(m)
-		}
-	}
-	return n, err
-}
-
 // recvmmsg receives at most n messages, and at least one.
 func (v *vector) recvmmsg(fd, n int) (int, error) {
 	for {
@@ -142,31 +109,30 @@ func (v *vector) recvmmsg(fd, n int) (int, error) {
 	}
 }
 
-// send sends messages to an inbox, each with its record, and returns how many
-// have gone.
-func (r *reader) send(fd int, list []int) (int, error) {
+// send sends messages to an inbox, each after its record.
+func (r *reader) send(fd int, list []int) error {
 	v := &r.vector
-	r.lay()
-	for k, i := range list {
-		m, h := &r.msgs[i], &v.sending[k].header
-		iovecs := v.iovecs[v.first[i]:][:1+len(m.bufs)]
+	v.iovecs = v.iovecs[:0]
+	for _, i := range list {
+		m := &r.msgs[i]
+		v.iovecs = append(v.iovecs, iovec((*byte)(unsafe.Pointer(&v.records[i])), recordSize), iovec(unsafe.SliceData(m.control), len(m.control)))
 		left := m.n
-		for j := range m.bufs {
-			n := min(left, len(m.bufs[j]))
-			iovecs[1+j].SetLen(n)
+		for _, b := range m.bufs {
+			n := min(left, len(b))
+			v.iovecs = append(v.iovecs, iovec(unsafe.SliceData(b), n))
 			left -= n
 		}
-		h.Iov = &iovecs[0]
-		h.SetIovlen(len(iovecs))
 	}
+	v.out.Iov = &v.iovecs[0]
+	v.out.SetIovlen(len(v.iovecs))
 	for {
-		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&v.sending[0])), uintptr(len(list)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, 0, 0)
+		_, _, errno := unix.Syscall(unix.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(&v.out)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 		switch errno {
 		case 0:
-			return int(n), nil
+			return nil
 		case unix.EINTR:
 		default:
-			return 0, errno
+			return errno
 		}
 	}
 }

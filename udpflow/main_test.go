@@ -1,6 +1,7 @@
 package udpflow
 
 import (
+	"bytes"
 	"net"
 	"net/netip"
 	"os"
@@ -58,7 +59,7 @@ func addOlder(t testing.TB, c *Conn, back int) *Conn {
 	if p.raw, err = w.SyscallConn(); err != nil {
 		t.Fatal(err)
 	}
-	older := &Conn{UDPConn: c.UDPConn, config: c.config, g: c.g, self: p, raw: c.raw, inbox: r, idle: c.idle, done: make(chan struct{})}
+	older := &Conn{UDPConn: c.UDPConn, config: c.config, g: c.g, self: p, raw: c.raw, inbox: r, idle: c.idle, byAddress: c.byAddress, done: make(chan struct{})}
 	if older.inboxRaw, err = r.SyscallConn(); err != nil {
 		t.Fatal(err)
 	}
@@ -85,4 +86,9 @@ func keyOf(c net.Conn) []byte {
 	return b
 }
 
-func recordBytes(h *record) []byte { return unsafe.Slice((*byte)(unsafe.Pointer(h)), recordSize) }
+// recordBytes returns the record of a message.
+func recordBytes(m *message) []byte {
+	var h record
+	h.encode(m)
+	return bytes.Clone(unsafe.Slice((*byte)(unsafe.Pointer(&h)), recordSize))
+}

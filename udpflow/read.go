@@ -2,6 +2,7 @@ package udpflow
 
 import (
 	"net/netip"
+	"os"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -19,65 +20,94 @@ const (
 type message struct {
 	bufs [][]byte
 	oob  []byte
+	one  [1][]byte // for bufs, if that is one
 
 	n, oobn, flags int
-	control        []byte // as it was received, into oob or a record
+	control        []byte // as it was received
 	from           netip.AddrPort
 	scope          uint32 // the number of from's zone
 	named          bool   // it has named its generation
+	tracked        bool   // its flow is in the table
 	dest           *peer  // the older process that it is for; nil: this one
 	sent           bool   // it was sent there, or dropped
 }
 
-// A record precedes each packet in an inbox.
+// What is sent to an inbox at once is one packet of the socket pair. It has a
+// record for each packet, which the control data and the packet follow.
 type record struct {
-	addr    [16]byte
-	scope   uint32
-	flags   int32
-	port    uint16
-	is4     bool
-	named   bool
-	oobn    uint8
-	_       [3]byte
-	control [maxControl]byte
+	addr  [16]byte
+	scope uint32
+	flags int32
+	n     uint32 // bytes of the packet
+	port  uint16
+	oobn  uint8 // bytes of control data
+	bits  uint8
 }
 
-const recordSize = int(unsafe.Sizeof(record{}))
+const (
+	isIPv4 = 1 << iota
+	hasNamed
+)
 
+const (
+	recordSize = int(unsafe.Sizeof(record{}))
+	maxPacket  = 64 << 10                            // more than there can be in a packet of UDP
+	inboxSize  = maxPacket + recordSize + maxControl // the most that is sent at once
+)
+
+// encode fills a record with what is known about a packet, and cuts the control
+// data.
 func (h *record) encode(m *message) {
+	n, flags := cutControl(m.control, maxControl)
+	m.control = m.control[:n]
 	a := m.from.Addr()
-	h.addr, h.is4 = a.As16(), a.Is4()
-	h.port, h.scope, h.flags, h.named = m.from.Port(), m.scope, int32(m.flags), m.named
-	n, flags := copyControl(h.control[:], m.control)
-	h.oobn = uint8(n)
-	h.flags |= int32(flags)
-}
-
-// copyControl copies whole control messages, as many as there is room for, and
-// returns the flag that some are missing.
-func copyControl(to, from []byte) (n, flags int) {
-	if len(from) <= len(to) {
-		return copy(to, from), 0
+	*h = record{addr: a.As16(), scope: m.scope, flags: int32(m.flags | flags), n: uint32(m.n), port: m.from.Port(), oobn: uint8(n)}
+	if a.Is4() {
+		h.bits |= isIPv4
 	}
-	for rest := from; ; {
-		_, _, next, err := unix.ParseOneSocketControlMessage(rest)
-		end := len(from) - len(next)
-		if err != nil || end > len(to) {
-			return copy(to[:n], from), unix.MSG_CTRUNC
-		}
-		rest, n = next, end
+	if m.named {
+		h.bits |= hasNamed
 	}
 }
 
-func (h *record) decode(m *message) {
+// decode takes a packet from the front of b, and returns the rest. It reports
+// false if there is none.
+func (m *message) decode(b []byte) ([]byte, bool) {
+	var h record
+	if len(b) < recordSize {
+		return nil, false
+	}
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(&h)), recordSize), b) // b may be unaligned
+	b = b[recordSize:]
+	if uint64(h.oobn)+uint64(h.n) > uint64(len(b)) {
+		return nil, false
+	}
+	m.control, b = b[:h.oobn], b[h.oobn:]
+	m.one[0], b = b[:h.n], b[h.n:]
+	m.bufs = m.one[:]
+	m.n, m.flags, m.named = int(h.n), int(h.flags), h.bits&hasNamed != 0
 	a := netip.AddrFrom16(h.addr)
-	if h.is4 {
+	if h.bits&isIPv4 != 0 {
 		a = a.Unmap()
 	}
 	m.setFrom(a, h.port, h.scope)
-	m.flags |= int(h.flags)
-	m.named = h.named
-	m.control = h.control[:min(int(h.oobn), maxControl)]
+	return b, true
+}
+
+// cutControl returns how much of control data is in as many whole messages as
+// there is room for, and the flag that some are missing.
+func cutControl(control []byte, room int) (n, flags int) {
+	if len(control) <= room {
+		return len(control), 0
+	}
+	for rest := control; ; {
+		_, _, next, err := unix.ParseOneSocketControlMessage(rest)
+		end := len(control) - len(next)
+		if err != nil || end > room {
+			return n, unix.MSG_CTRUNC
+		}
+		rest, n = next, end
+	}
 }
 
 func (m *message) setFrom(a netip.Addr, port uint16, scope uint32) {
@@ -118,8 +148,8 @@ func (m *message) take(x *message) {
 			m.flags |= unix.MSG_TRUNC
 		}
 	}
-	n, flags := copyControl(m.oob, x.control)
-	m.oobn = n
+	n, flags := cutControl(x.control, len(m.oob))
+	m.oobn = copy(m.oob, x.control[:n])
 	m.flags |= flags
 	m.control = m.oob[:m.oobn]
 }
@@ -133,22 +163,19 @@ type reader struct {
 	empty bool  // the inbox was, and no successor is there to fill it
 	err   error // the system's
 
-	vector           // what the system sees of msgs
-	batch  []int     // the messages that go to one peer
-	sent   int       // of these
-	serr   error     // of sending
-	one    [1][]byte // the buffer of a single message
+	vector       // what the system sees of msgs
+	batch  []int // the messages that go to one peer
+	sent   int   // of these
+	serr   error // of sending
 
 	// The functions as the raw connections get them.
-	fromSocket, fromInbox           func(fd uintptr) bool
-	stashFromSocket, stashFromInbox func(fd uintptr) bool
-	sendTo                          func(fd uintptr)
+	fromSocket, stashFromSocket, stashFromInbox func(fd uintptr) bool
+	sendTo                                      func(fd uintptr)
 }
 
 func makeReader() *reader {
 	r := new(reader)
-	r.fromSocket, r.fromInbox = r.receive, r.receiveForwarded
-	r.stashFromSocket, r.stashFromInbox = r.fillFromSocket, r.fillFromInbox
+	r.fromSocket, r.stashFromSocket, r.stashFromInbox = r.receive, r.fillFromSocket, r.fillFromInbox
 	r.sendTo = r.sendBatch
 	return r
 }
@@ -177,8 +204,9 @@ func newReader(n int) *reader {
 
 func newSingleReader(b, oob []byte) *reader {
 	r := newReader(1)
-	r.one[0] = b
-	r.msgs[0].bufs, r.msgs[0].oob = r.one[:], oob
+	m := &r.msgs[0]
+	m.one[0] = b
+	m.bufs, m.oob = m.one[:], oob
 	return r
 }
 
@@ -186,23 +214,27 @@ func newSingleReader(b, oob []byte) *reader {
 func (r *reader) free() {
 	for i := range r.msgs {
 		m := &r.msgs[i]
-		m.bufs, m.oob, m.control, m.dest = nil, nil, nil, nil
+		m.bufs, m.oob, m.one[0], m.control, m.dest = nil, nil, nil, nil, nil
 	}
-	r.vector.clear(len(r.msgs))
-	r.c, r.one[0] = nil, nil
+	r.vector.clear()
+	r.c = nil
 	readers.Put(r)
 }
 
 // A stash holds packets that are this process's, and that no read method has
-// returned yet. Reads of single packets go through it, because receiving and
-// forwarding several by one system call is cheaper. A handover changes nothing
-// about what is in it.
+// returned yet: those that have come through the inbox by one system call, and
+// those from the socket, if single packets are read, because receiving and
+// forwarding several at once is cheaper. A handover changes nothing about what
+// is in it.
 type stash struct {
 	have atomic.Bool // there is one
 
 	mu   sync.Mutex // held while it is filled, too
-	r    *reader    // nil until it is needed
-	next int        // of the r.n messages
+	msgs []message  // in the buffers of one of the two that follow
+
+	socket    *reader // nil until it is needed
+	inbox     []byte
+	inboxMsgs []message
 }
 
 const stashSize = 16
@@ -211,42 +243,80 @@ const stashSize = 16
 func (s *stash) pop(r *reader) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for r.n = 0; r.n < len(r.msgs) && s.next < s.r.n; r.n++ {
-		m := &r.msgs[r.n]
-		m.take(&s.r.msgs[s.next])
-		s.next++
+	for r.n = 0; r.n < len(r.msgs) && len(s.msgs) > 0; r.n++ {
+		r.msgs[r.n].take(&s.msgs[0])
+		s.msgs = s.msgs[1:]
 	}
-	s.have.Store(s.next < s.r.n)
+	s.have.Store(len(s.msgs) > 0)
 }
 
-// fill receives packets into the stash by f, a receive function of a reader. It
-// reports what f does.
-func (s *stash) fill(r *reader, f func(*reader, uintptr) bool, fd uintptr) bool {
+// fillFromSocket receives packets into the stash. It reports what receive does.
+func (r *reader) fillFromSocket(fd uintptr) bool {
+	s := &r.c.stash
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	r.n, r.err, r.empty = 0, nil, false
-	if s.r == nil {
-		s.r = makeReader()
-		s.r.setLen(stashSize)
-		s.r.c = r.c
-		for i := range s.r.msgs {
-			m := &s.r.msgs[i]
-			m.bufs, m.oob = [][]byte{make([]byte, 64<<10)}, make([]byte, 4*maxControl)
-		}
-	}
-	if s.next < s.r.n { // another reader has filled it
+	r.n, r.err = 0, nil
+	if len(s.msgs) > 0 { // another reader has filled it
 		return true
 	}
-	s.next = 0
-	done := f(s.r, fd)
-	r.err, r.empty = s.r.err, s.r.empty
-	s.have.Store(s.r.n > 0)
+	if s.socket == nil {
+		s.socket = makeReader()
+		s.socket.setLen(stashSize)
+		s.socket.c = r.c
+		for i := range s.socket.msgs {
+			m := &s.socket.msgs[i]
+			m.one[0] = make([]byte, maxPacket)
+			m.bufs, m.oob = m.one[:], make([]byte, 4*maxControl)
+		}
+	}
+	done := s.socket.receive(fd)
+	s.msgs, r.err = s.socket.msgs[:s.socket.n], s.socket.err
+	s.have.Store(len(s.msgs) > 0)
 	return done
 }
 
-func (r *reader) fillFromSocket(fd uintptr) bool { return r.c.stash.fill(r, (*reader).receive, fd) }
+// fillFromInbox receives packets into the stash. It reports false if there is
+// none and a successor may send more.
 func (r *reader) fillFromInbox(fd uintptr) bool {
-	return r.c.stash.fill(r, (*reader).receiveForwarded, fd)
+	c, s := r.c, &r.c.stash
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r.n, r.err, r.empty = 0, nil, false
+	if len(s.msgs) > 0 {
+		return true
+	}
+	if s.inbox == nil {
+		s.inbox, s.inboxMsgs = make([]byte, inboxSize), make([]message, 0, maxBatch)
+	}
+	for len(s.msgs) == 0 {
+		n, err := unix.Read(int(fd), s.inbox)
+		switch {
+		case err == unix.EINTR || err == unix.ECONNRESET: // a writer has closed
+			continue
+		case err == unix.EAGAIN || err == nil && n == 0:
+			// Reading nothing is the end: nobody can write to it any more.
+			r.empty = c.source.Load() != fromInbox
+			return r.empty
+		case err != nil:
+			r.err = os.NewSyscallError("read", err)
+			return true
+		}
+		s.msgs = s.inboxMsgs[:0]
+		for b, ok := s.inbox[:n], true; ok && len(s.msgs) < maxBatch; {
+			s.msgs = append(s.msgs, message{})
+			if b, ok = s.msgs[len(s.msgs)-1].decode(b); !ok {
+				s.msgs = s.msgs[:len(s.msgs)-1]
+			}
+		}
+		for i := range s.msgs {
+			if s.msgs[i].named {
+				c.named.Store(c.g.clock.now())
+			}
+		}
+	}
+	c.received.Add(uint64(len(s.msgs)))
+	s.have.Store(true)
+	return true
 }
 
 // receive takes packets from the socket until one of them is this process's,
@@ -260,13 +330,18 @@ func (r *reader) receive(fd uintptr) bool {
 			return false
 		}
 		if err != nil {
-			r.err = err
+			r.err = os.NewSyscallError("recvmsg", err)
 			return true
 		}
 		now := c.g.clock.now()
 		for i := range r.msgs[:n] {
 			m := &r.msgs[i]
-			m.named, m.sent = false, false
+			m.sent = false
+			if i > 0 && c.byAddress && r.msgs[i-1].tracked && m.from == r.msgs[i-1].from {
+				// Packets of one flow often come together.
+				m.named, m.tracked, m.dest = false, true, r.msgs[i-1].dest
+				continue
+			}
 			m.dest = c.decide(m, m.first(), now)
 		}
 		forwarded += r.forward(n, now)
@@ -343,45 +418,28 @@ func isFull(err error) bool {
 	return false
 }
 
-// sendBatch sends what is in r.batch. It stops at the first error.
+// sendBatch sends what is in r.batch, at once as far as it may, and stops at the
+// first error. If there is no room for all, some of them may still find it.
 func (r *reader) sendBatch(fd uintptr) {
 	r.serr = nil
-	for r.sent < len(r.batch) && r.serr == nil {
-		var n int
-		n, r.serr = r.send(int(fd), r.batch[r.sent:])
-		r.sent += n
-	}
-}
-
-// receiveForwarded takes packets from the inbox. It reports false if there is
-// none and a successor may send more.
-func (r *reader) receiveForwarded(fd uintptr) bool {
-	c := r.c
-	r.n, r.err, r.empty = 0, nil, false
-	for r.n == 0 {
-		n, err := r.recvForwarded(int(fd))
-		if err == unix.EAGAIN || err == nil && r.msgs[0].n == -recordSize {
-			// The end of the inbox is a packet of no bytes: nobody can write
-			// to it any more.
-			r.empty = c.source.Load() != fromInbox
-			return r.empty
-		}
-		if err != nil {
-			r.err = err
-			return true
-		}
-		for i := range r.msgs[:n] {
-			m := &r.msgs[i]
-			if m.n < 0 {
-				continue
+	most := len(r.batch)
+	for r.sent < len(r.batch) {
+		size, n := 0, 0
+		for _, i := range r.batch[r.sent:] {
+			size += recordSize + len(r.msgs[i].control) + r.msgs[i].n
+			if n == most || n > 0 && size > inboxSize {
+				break
 			}
-			if m.named {
-				c.named.Store(c.g.clock.now())
-			}
-			r.msgs[r.n].take(m)
-			r.n++
+			n++
+		}
+		r.serr = r.send(int(fd), r.batch[r.sent:r.sent+n])
+		switch {
+		case r.serr == nil:
+			r.sent += n
+		case n > 1 && isFull(r.serr):
+			most = 1
+		default:
+			return
 		}
 	}
-	c.received.Add(uint64(r.n))
-	return true
 }

@@ -5,9 +5,9 @@ import (
 	"math/bits"
 )
 
-// sipHash returns SipHash-2-4 of b under the key k0, k1 (Aumasson and
-// Bernstein, 2012). The standard library's hash/maphash has no seed that two
-// processes could share.
+// sipHash returns SipHash-1-3 of b under the key k0, k1 (Aumasson and
+// Bernstein, 2012), the variant for tables. The standard library's hash/maphash
+// has no seed that two processes could share.
 func sipHash(k0, k1 uint64, b []byte) uint64 {
 	v0 := k0 ^ 0x736f6d6570736575
 	v1 := k1 ^ 0x646f72616e646f6d
@@ -19,7 +19,6 @@ func sipHash(k0, k1 uint64, b []byte) uint64 {
 		b = b[8:]
 		v3 ^= m
 		v0, v1, v2, v3 = sipRound(v0, v1, v2, v3)
-		v0, v1, v2, v3 = sipRound(v0, v1, v2, v3)
 		v0 ^= m
 	}
 	for i, c := range b {
@@ -27,12 +26,11 @@ func sipHash(k0, k1 uint64, b []byte) uint64 {
 	}
 	v3 ^= last
 	v0, v1, v2, v3 = sipRound(v0, v1, v2, v3)
-	v0, v1, v2, v3 = sipRound(v0, v1, v2, v3)
 	v0 ^= last
 	v2 ^= 0xff
-	for range 4 {
-		v0, v1, v2, v3 = sipRound(v0, v1, v2, v3)
-	}
+	v0, v1, v2, v3 = sipRound(v0, v1, v2, v3)
+	v0, v1, v2, v3 = sipRound(v0, v1, v2, v3)
+	v0, v1, v2, v3 = sipRound(v0, v1, v2, v3)
 	return v0 ^ v1 ^ v2 ^ v3
 }
 

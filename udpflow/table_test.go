@@ -24,14 +24,23 @@ func heapTable(flows int) *table {
 }
 
 func TestSipHash(t *testing.T) {
-	// The vector of the paper's appendix A.
-	var b [15]byte
-	for i := range b {
-		b[i] = byte(i)
-	}
-	got := sipHash(0x0706050403020100, 0x0f0e0d0c0b0a0908, b[:])
-	if want := uint64(0xa129ca6149be45e5); got != want {
+	// An empty message, under the key 00 01 … 0f.
+	if got, want := sipHash(0x0706050403020100, 0x0f0e0d0c0b0a0908, nil), uint64(0xabac0158050fc4dc); got != want {
 		t.Errorf("%#x; want %#x", got, want)
+	}
+	// Each bit of a longer one counts.
+	seen := map[uint64]int{}
+	var b [20]byte
+	for n := range len(b) + 1 {
+		for bit := range 8 * n {
+			b[bit/8] ^= 1 << (bit % 8)
+			seen[sipHash(1, 2, b[:n])]++
+			b[bit/8] ^= 1 << (bit % 8)
+		}
+		seen[sipHash(1, 2, b[:n])]++
+	}
+	if want := 8*20*21/2 + 21; len(seen) != want {
+		t.Errorf("%d hashes of %d messages", len(seen), want)
 	}
 }
 
