@@ -23,7 +23,9 @@ const DefaultUpgradeTimeout = time.Minute
 type Options struct {
 	// UpgradeTimeout is the time that a successor has from its start until it
 	// is ready. After it the successor is killed, and this process serves on.
-	// Zero means DefaultUpgradeTimeout.
+	// Zero means DefaultUpgradeTimeout. The start itself has no bound: if
+	// execve(2) hangs, as on a network file system whose server is gone,
+	// Upgrade waits while this process serves.
 	UpgradeTimeout time.Duration
 
 	// Probation is how long this process stands by after its successor has
@@ -37,7 +39,9 @@ type Options struct {
 	PIDFile string
 
 	// UpgradeSignals are caught from New until the process exits, so that an
-	// early or late one kills nobody. Wait acts on them.
+	// early or late one kills nobody. Wait acts on them. A terminal that is
+	// closed sends SIGHUP to its programs: one that upgrades by SIGHUP and may
+	// run in a terminal starts a successor then.
 	UpgradeSignals []os.Signal
 	// StopSignals make Wait stop this process. They are caught from before the
 	// PID file can name this process, or from the call of Wait if that is
@@ -123,12 +127,24 @@ type Options struct {
 }
 
 // A Command is what a successor is started with.
+//
+// Standard input, output and error are those of this process. A log that was
+// redirected goes on in the file that this process has open, also if that was
+// renamed by a rotation. If standard output or error is a pipe whose reader has
+// gone, the next line that a process writes kills it by SIGPIPE, as in every Go
+// program: also this process, while it serves its last clients.
+//
+// A program that sets a parent-death signal (PR_SET_PDEATHSIG, see prctl(2)) is
+// killed when its predecessor exits, unless it is a Sibling.
 type Command struct {
 	// Path is the program. Initially it is os.Args[0] as it was at the start
 	// of this process: made absolute if it has a slash, else looked up in this
 	// process's $PATH when the successor is started. A file that was replaced
-	// and a symbolic link that was flipped are picked up. A relative path from
-	// Prepare is taken from Dir.
+	// and a symbolic link that was flipped are picked up. If os.Args[0] does
+	// not lead to the executable, it is the executable's own path. A script
+	// that has executed this program is not run again; what it has set in the
+	// environment is inherited. A relative path from Prepare is taken from
+	// Dir.
 	Path string
 	// Args are the arguments without the program's name. Initially they are
 	// those of this process.
@@ -138,8 +154,10 @@ type Command struct {
 	// added later and replaces any other of that name.
 	Env []string
 	// Dir is the working directory. Initially it is the one in which this
-	// process was started, or empty if that has been deleted. Empty means the
-	// working directory of this process.
+	// process was started: $PWD if that leads there, so that a symbolic link
+	// is followed anew. It is empty if that directory is gone or closed to the
+	// user that this process has become. Empty means the working directory of
+	// this process.
 	Dir string
 	// Sibling makes the successor a child of this process's own parent, for
 	// a supervisor that watches its children. It works on Linux only. On

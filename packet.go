@@ -29,6 +29,10 @@ func (u *Upgrader) ListenPacket(network, address string) (net.PacketConn, error)
 // closes the socket, or the caller's deadline passes. The socket stays open for
 // the answers that are still to be written.
 //
+// A protocol that keeps sessions in memory, such as QUIC or DTLS, loses them in an
+// upgrade, because the successor gets their packets. Package udpflow forwards
+// these to the process that has the session.
+//
 // Close withdraws the socket from what is handed on, and removes its file, as
 // Close of a listener does. The errors are those of ListenWith.
 func (u *Upgrader) ListenPacketWith(lc ListenConfig, network, address string) (net.PacketConn, error) {

@@ -361,3 +361,52 @@ func TestEventNamesTheProgram(t *testing.T) {
 		t.Errorf("program %q, directory %q, after %v; want %s", e.Program, e.Dir, e.Elapsed, want)
 	}
 }
+
+// A working directory that is a symbolic link is followed anew if $PWD names it,
+// as a shell sets it and a unit of systemd can. Otherwise the link is not known.
+func TestWorkingDirectoryIsALink(t *testing.T) {
+	t.Parallel()
+	for _, known := range []bool{true, false} {
+		t.Run(fmt.Sprint(known), func(t *testing.T) {
+			t.Parallel()
+			c := proctest.New(t, proctest.TCP)
+			one, two, link := c.Path("1"), c.Path("2"), c.Path("current")
+			for _, dir := range []string{one, two} {
+				if err := os.Mkdir(dir, 0o755); err != nil {
+					t.Fatal(err)
+				}
+				copySelf(t, dir+"/d")
+			}
+			flip := func(to string) {
+				t.Helper()
+				if err := os.Symlink(to, link+".new"); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.Rename(link+".new", link); err != nil {
+					t.Fatal(err)
+				}
+			}
+			flip(one)
+			p := c.Start(func(cmd *exec.Cmd) {
+				cmd.Path, cmd.Args[0], cmd.Dir = "./d", "./d", link
+				pwd := "PWD=/"
+				if known {
+					pwd = "PWD=" + link
+				}
+				cmd.Env = append(slices.DeleteFunc(cmd.Env, func(s string) bool { return strings.HasPrefix(s, "PWD=") }), pwd)
+			})
+			flip(two)
+			s := p.Upgrade()
+			want := one
+			if known {
+				want = two
+			}
+			if got := executable.On(s); got != want+"/d" {
+				t.Errorf("the successor runs %s; want %s", got, want+"/d")
+			}
+			if e := p.Event(ecdysis.EventUpgraded, 0); known && (e.Dir != link || e.Program != link+"/d") || !known && (e.Dir != one || e.Program != one+"/d") {
+				t.Errorf("the event names program %s and directory %s", e.Program, e.Dir)
+			}
+		})
+	}
+}
