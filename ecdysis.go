@@ -37,8 +37,9 @@
 // within [Options.Probation], the predecessor takes the sockets back.
 //
 // The package never exits the process, never logs, and starts no goroutine
-// that outlives the call that started it. Blocking calls run on the goroutine
-// that called them. All methods of an Upgrader may be called from several
+// that outlives the call that started it, except one that waits for a hook or a
+// packet read of the program's which exceeds its bound. Blocking calls run on
+// the goroutine that called them. All methods of an Upgrader may be called from several
 // goroutines at once, and from the hooks in Options.
 //
 // It runs on Linux, macOS, FreeBSD, NetBSD, OpenBSD and DragonFly BSD.

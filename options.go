@@ -99,8 +99,9 @@ type Options struct {
 
 	// Unclaimed is called when a successor is ready, before this process pauses,
 	// with what the successor has not asked for and will close. The names are
-	// those of Event.Unclaimed. It is not called if there are none. Its error
-	// ends the attempt. It can keep a wrong program from taking over.
+	// those of Event.Unclaimed, as many as fit into 32 KiB. It is not called
+	// if there are none. Its error ends the attempt. It can keep a wrong
+	// program from taking over.
 	Unclaimed func(names []string) error
 
 	// SendState writes what the successor reads with State. Only memory limits
