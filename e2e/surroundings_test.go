@@ -152,6 +152,7 @@ func TestRelativeProgramInAnotherDirectory(t *testing.T) {
 // A name that a supervisor has chosen is not taken for the program.
 func TestNameThatIsNotTheProgram(t *testing.T) {
 	t.Parallel()
+	proctest.SkipOn(t, "it does not tell which file a process runs", "openbsd")
 	c := proctest.New(t, proctest.TCP)
 	p := c.Start(func(cmd *exec.Cmd) { cmd.Args[0] = "true" }) // which is another program
 	want := executable.On(p)
@@ -168,6 +169,7 @@ func TestNameThatIsNotTheProgram(t *testing.T) {
 // so.
 func TestAddressChangesItsWidth(t *testing.T) {
 	t.Parallel()
+	proctest.OnlyOn(t, "a narrower address may be bound beside a wider one", "linux")
 	c := proctest.New(t, proctest.Spec{Listen: []proctest.Listen{{Network: "tcp", Address: ":0"}}})
 	p := c.Start()
 	_, port, err := net.SplitHostPort(p.Addr(0).Address)
@@ -245,6 +247,7 @@ func TestReplacedSocketFile(t *testing.T) {
 // killed in its probation while the wrapper and a process of it hold the stream.
 func TestWrapperThatStays(t *testing.T) {
 	t.Parallel()
+	proctest.OnlyOn(t, "the system does not name the process that has said READY", "linux", "freebsd")
 	c := proctest.New(t, proctest.Both.Probation(time.Minute))
 	p := c.Start()
 	script := c.Path("wrapper")

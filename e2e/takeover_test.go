@@ -464,7 +464,11 @@ func TestTakeoverSilentClients(t *testing.T) {
 	before := len(p.FDs())
 	unchanged := keeps(p)
 	var list []*proctest.Peer
-	for range 300 {
+	many := 300
+	if runtime.GOOS != "linux" {
+		many = 150 // the queue of a Unix socket has room for 193
+	}
+	for range many {
 		list = append(list, dialTake(c, nil))
 	}
 	const most = 32
@@ -472,7 +476,7 @@ func TestTakeoverSilentClients(t *testing.T) {
 		q.HungUp() // because a later one has its place
 	}
 	if n := len(p.FDs()); n > before+most+1 {
-		t.Errorf("%d descriptors with a few hundred silent clients, %d before", n, before)
+		t.Errorf("%d descriptors with %d silent clients, %d before", n, many, before)
 	}
 	p.HasEvents()
 	p.Serves()
@@ -670,7 +674,11 @@ func TestTakerDies(t *testing.T) {
 				}
 			}
 			if step != "" {
-				takeoverFailed(p, 0, step, d.says, fmt.Sprint("successor ", n.PID, ": "))
+				says := fmt.Sprint("successor ", n.PID, ": ")
+				if slices.Contains([]string{"freebsd", "dragonfly"}, runtime.GOOS) && (step == ecdysis.StepStart || step == ecdysis.StepInit) {
+					says = "" // they do not name it, and it has not said READY
+				}
+				takeoverFailed(p, 0, step, d.says, says)
 			}
 			p.HasEvents(want...)
 			l.More(10)
@@ -956,6 +964,7 @@ func TestTakerLate(t *testing.T) {
 // moment, and is ended before the old process resumes.
 func TestTakerEnded(t *testing.T) {
 	t.Parallel()
+	proctest.OnlyOn(t, "only a child can be ended", "linux")
 	p := proctest.Start(t, taking())
 	unchanged := keeps(p)
 	l := p.Load(1)
