@@ -36,10 +36,11 @@
 //
 // The flows of a process that has ended have lost their sessions. Older
 // processes receive nothing if the newest dies without a successor. What waits
-// in the inbox of a process that is killed is lost.
+// in the inbox of a process that is killed is lost. docs/udp.md has more, and
+// recipes for several protocols.
 //
-// Everything here works without privileges, on all systems that package ecdysis
-// runs on. The package starts no goroutine.
+// Everything here works without privileges, on Linux, macOS and the BSDs. The
+// package starts no goroutine.
 package udpflow
 
 import (
@@ -221,9 +222,10 @@ func notify(e ecdysis.Event) {
 // this process.
 //
 // Several sockets may have one address (ecdysis.ListenConfig.ReusePort). Each
-// is asked for by a call of its own, and all have one table. The number of
-// sockets may differ between versions, because each flow knows which socket of
-// its process reads it.
+// is asked for by a call of its own, and all have one table. Their number may
+// grow in an upgrade, because each flow knows which socket of its process reads
+// it. It must not shrink while older processes live: they keep the sockets that
+// the newest one has dropped, and nobody reads what comes there.
 //
 // The errors are those of ListenPacket. A table of flows that this program
 // cannot use, because its layout, Key or Generation is another, is an error,

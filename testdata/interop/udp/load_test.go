@@ -84,7 +84,7 @@ var serveSessions = proctest.Define("serve sessions", func(d *proctest.Daemon, h
 		if err != nil {
 			d.Fatal(d.U.Fail(err))
 		}
-		d.Keep(c.(net.PacketConn))
+		d.Keep(c)
 		go serveSingle(s, c.(singleConn))
 		return proctest.None{}, nil
 	}
