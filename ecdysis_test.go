@@ -64,7 +64,6 @@ func TestPromise3ABadSuccessorHurtsNobody(t *testing.T) {
 	}{
 		"exits":                 {spec: proctest.TCP.At(proctest.AtListened, proctest.Exit(0)), step: ecdysis.StepInit},
 		"panics":                {spec: proctest.TCP.At(proctest.AtListened, proctest.Panic), step: ecdysis.StepInit},
-		"hangs":                 {spec: proctest.TCP.At(proctest.AtListened, proctest.Hang), step: ecdysis.StepInit},
 		"refuses":               {spec: proctest.TCP.At(proctest.AtListened, proctest.Fail("the disk is full")), step: ecdysis.StepInit},
 		"talks garbage":         {proctest.Successor{Role: proctest.Raw}, proctest.TCP.At(proctest.AtStart, proctest.CallWrite.Do([]byte("GET /"))), ecdysis.StepInit},
 		"is the wrong program":  {proctest.Successor{Path: "true"}, proctest.TCP, ecdysis.StepInit},
@@ -73,7 +72,7 @@ func TestPromise3ABadSuccessorHurtsNobody(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			p := proctest.Start(t, proctest.TCP.UpgradeTimeout(2*time.Second), bad.spec)
+			p := proctest.Start(t, proctest.TCP, bad.spec)
 			clients := p.Load(1)
 			reason := p.FailUpgrade(bad.step, nil, bad.start)
 			if name == "refuses" && !strings.Contains(reason.Error(), "the disk is full") {
@@ -89,6 +88,15 @@ func TestPromise3ABadSuccessorHurtsNobody(t *testing.T) {
 			clients.Check()
 		})
 	}
+	t.Run("hangs", func(t *testing.T) {
+		t.Parallel()
+		p := proctest.Start(t, proctest.TCP.UpgradeTimeout(time.Second/2), proctest.TCP.At(proctest.AtListened, proctest.Hang))
+		clients := p.Load(1)
+		p.FailUpgrade(ecdysis.StepInit, os.ErrDeadlineExceeded)
+		p.FailUpgrade(ecdysis.StepPrepare, nil, proctest.Successor{Veto: "to see that the next attempt begins"})
+		p.Serves()
+		clients.Check()
+	})
 }
 
 func TestPromise4OneUpgradeAtATime(t *testing.T) {

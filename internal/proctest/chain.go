@@ -158,21 +158,29 @@ func HubAt(path string) func(*exec.Cmd) {
 func (c *Chain) Next() *Proc {
 	c.T.Helper()
 	for limit := time.After(Patience); ; {
-		c.mu.Lock()
-		changed := c.changed
-		if len(c.queue) > 0 {
-			p := c.queue[0]
-			c.queue = c.queue[1:]
-			c.mu.Unlock()
+		p, changed := c.pop()
+		if p != nil {
 			return p
 		}
-		c.mu.Unlock()
 		select {
 		case <-changed:
 		case <-limit:
 			c.T.Fatal("no process has connected")
 		}
 	}
+}
+
+// pop returns the first process of the queue. If there is none, it returns a
+// channel that is closed when the queue changes.
+func (c *Chain) pop() (*Proc, chan struct{}) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.queue) == 0 {
+		return nil, c.changed
+	}
+	p := c.queue[0]
+	c.queue = c.queue[1:]
+	return p, nil
 }
 
 // take returns the process of the queue that has this ID, or nil.

@@ -272,8 +272,21 @@ func (p *Proc) BeginUpgrade(s ...Successor) *Attempt {
 // Successor returns the process that the upgrade has started, as Launch does.
 func (a *Attempt) Successor() *Proc {
 	a.p.T.Helper()
-	if a.successor == nil {
-		a.successor = a.p.Chain.Next()
+	for limit := time.After(Patience); a.successor == nil; {
+		p, changed := a.p.Chain.pop()
+		if a.successor = p; p != nil {
+			break
+		}
+		select {
+		case <-changed:
+		case a.call.m = <-a.call.answer:
+			a.call.done = true
+			if a.successor, _ = a.p.Chain.pop(); a.successor == nil && a.call.m.Err != nil {
+				a.p.T.Fatalf("process %d: upgrade: %s; and no process has connected", a.p.PID, a.call.m.Err.Text)
+			}
+		case <-limit:
+			a.p.T.Fatal("no process has connected")
+		}
 	}
 	return a.successor
 }
