@@ -17,7 +17,8 @@ func TestMain(m *testing.M) { servertest.Main(m, main) }
 func Test(t *testing.T) {
 	s := servertest.Start(t, 1)
 	dial := func() *grpc.ClientConn {
-		conn, err := grpc.NewClient(s.Addrs[0], grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableRetry())
+		conn, err := grpc.NewClient(s.Addrs[0], grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableRetry(),
+			grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
 		if err != nil {
 			t.Error(err)
 		}
