@@ -592,6 +592,7 @@ func TestTextFileBusy(t *testing.T) {
 
 func checkExe(t *testing.T, p *proc, path string) {
 	t.Helper()
+	proctest.OnlyOn(t, "it has no /proc that tells this", "linux")
 	if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", p.pid)); err != nil || exe != path {
 		t.Errorf("process %d runs %q, %v; want %q", p.pid, exe, err, path)
 	}
@@ -599,6 +600,7 @@ func checkExe(t *testing.T, p *proc, path string) {
 
 func checkCwd(t *testing.T, p *proc, path string) {
 	t.Helper()
+	proctest.OnlyOn(t, "it has no /proc that tells this", "linux")
 	if wd, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", p.pid)); err != nil || wd != path {
 		t.Errorf("process %d is in %q, %v; want %q", p.pid, wd, err, path)
 	}
@@ -887,6 +889,9 @@ func TestWrapperThatStaysFails(t *testing.T) {
 	} {
 		t.Run(tt.point+" "+tt.do, func(t *testing.T) {
 			t.Parallel()
+			if tt.do == "hang" {
+				proctest.OnlyOn(t, "only a child can be ended", "linux")
+			}
 			v := newSurvivor(newHub(t, tcp(), doing(tt.point, tt.do)))
 			s, answer := v.try(command{Command: staying(t)})
 			m := answer()
@@ -922,6 +927,7 @@ func TestWrapperThatStaysFails(t *testing.T) {
 // no socket whose number is that of one.
 func TestStandardDescriptorsClosed(t *testing.T) {
 	t.Parallel()
+	proctest.OnlyOn(t, "it has no /proc that tells this", "linux")
 	for _, what := range []string{"free", "taken by listeners"} {
 		t.Run(what, func(t *testing.T) {
 			t.Parallel()
@@ -1053,6 +1059,7 @@ func inheritedBy(t *testing.T, lines []string) []string {
 // started with.
 func checkPrograms(t *testing.T, who string, p *proc) {
 	t.Helper()
+	proctest.OnlyOn(t, "it has no /proc that tells this", "linux")
 	checkNoVariable(t, who, p.call("environ").Text)
 	checkNoVariable(t, "a program of "+who, p.call("program", "/usr/bin/env").Text)
 	out, err := exec.Command("/bin/ls", "-l", "/proc/self/fd").Output()
@@ -1156,6 +1163,7 @@ func socketFile(typ int) func(t *testing.T) *os.File {
 
 func TestVariableIsReplaced(t *testing.T) {
 	t.Parallel()
+	proctest.OnlyOn(t, "it has no /proc that tells this", "linux")
 	h := newHub(t, tcp())
 	p := h.serving()
 	env := append(os.Environ(), roleVar+"=daemon", hubVar+"="+h.path,
@@ -1199,6 +1207,7 @@ func reap(t *testing.T, p *proc) *os.ProcessState {
 
 func TestSibling(t *testing.T) {
 	t.Parallel()
+	proctest.OnlyOn(t, "Command.Sibling is for Linux", "linux")
 	sibling := command{Command: &ecdysis.Command{Sibling: true}}
 	h := newHub(t, tcp())
 	v := newSurvivor(h)
@@ -1228,6 +1237,7 @@ func TestSibling(t *testing.T) {
 
 func TestSiblingFails(t *testing.T) {
 	t.Parallel()
+	proctest.OnlyOn(t, "Command.Sibling is for Linux", "linux")
 	for _, tt := range []struct {
 		point, do string
 		want      want
