@@ -83,7 +83,7 @@ func TestHungSuccessorInASandbox(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			spec := proctest.Both.At(proctest.AtStart, sandbox.Do(d), sendState.Do())
-			p := proctest.Start(t, spec.UpgradeTimeout(500*time.Millisecond),
+			p := proctest.Start(t, spec.UpgradeTimeout(3*time.Second),
 				spec.At(proctest.AtListened, proctest.Hang),
 				spec.At(proctest.On(ecdysis.EventReady), proctest.Kill),
 				spec.At(proctest.AtNew, readState.Do()))
