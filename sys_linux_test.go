@@ -1,9 +1,12 @@
 package ecdysis
 
 import (
+	"errors"
+	"net"
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -70,5 +73,47 @@ func TestEnterable(t *testing.T) {
 	}
 	if err := enterable(os.Args[0]); err != unix.ENOTDIR {
 		t.Errorf("%v; want ENOTDIR", err)
+	}
+}
+
+// A socket file that this user may not connect to is not said to be another
+// process's, and stays.
+func TestStaleFileOfAnotherUser(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to become another user")
+	}
+	dir, err := os.MkdirTemp("", "ecd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	path := dir + "/sock"
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.SetUnlinkOnClose(false)
+	ln.Close()
+	if err := errors.Join(os.Chmod(dir, 0o777), os.Chmod(path, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	a, err := resolve("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // the thread ends with the goroutine, as another user
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), 65534, ^uintptr(0)); errno != 0 {
+			done <- errno
+			return
+		}
+		done <- a.removeStale()
+	}()
+	if err := <-done; !errors.Is(err, unix.EACCES) || !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), "cannot be told") {
+		t.Errorf("%v; want EADDRINUSE and EACCES, and that it cannot be told", err)
+	}
+	if _, err := os.Lstat(path); err != nil {
+		t.Error(err)
 	}
 }

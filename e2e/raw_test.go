@@ -127,3 +127,49 @@ func TestKeepOnStopOfAnInheritedSocket(t *testing.T) {
 		})
 	}
 }
+
+// addKept brings in a listener by AddFile, and asks for it by its address to be
+// kept on a stop.
+var addKept = proctest.Define("add a kept listener", func(d *proctest.Daemon, name string) (string, error) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer ln.Close()
+	f, err := ln.(*net.TCPListener).File()
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	if err := d.U.AddFile(name, f); err != nil {
+		return "", err
+	}
+	_, err = d.U.ListenWith(ecdysis.ListenConfig{KeepOnStop: true}, "tcp", ln.Addr().String())
+	return ln.Addr().String(), err
+})
+
+// takeByName looks a listener up, and serves it.
+var takeByName = proctest.Define("take by name", func(d *proctest.Daemon, name string) (proctest.None, error) {
+	ln, err := d.U.Listener(name)
+	if err == nil {
+		d.Keep(ln)
+		d.Accept(ln)
+	}
+	return proctest.None{}, err
+})
+
+// A socket that is looked up by name keeps the setting that came with it.
+func TestKeepOnStopByName(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.TCP.At(proctest.AtNew, addKept.Do("web")), proctest.TCP.At(proctest.AtNew, takeByName.Do("web")))
+	address, err := addKept.At(p, proctest.AtNew)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := p.Upgrade()
+	if err := takeByName.ErrAt(s, proctest.AtNew); err != nil {
+		t.Fatal(err)
+	}
+	s.Stop()
+	s.ServesAt(proctest.Addr{Network: "tcp", Address: address})
+}

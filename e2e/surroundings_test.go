@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -411,5 +412,13 @@ func TestWorkingDirectoryIsALink(t *testing.T) {
 				t.Errorf("the event names program %s and directory %s", e.Program, e.Dir)
 			}
 		})
+	}
+}
+
+// A log in JSON has an event's reason.
+func TestEventInJSON(t *testing.T) {
+	b, err := json.Marshal(map[string]any{"event": ecdysis.Event{Kind: ecdysis.EventUpgradeFailed, Err: errors.New("no disk")}})
+	if want := `{"event":"upgrade failed: no disk"}`; string(b) != want || err != nil {
+		t.Errorf("%s, %v; want %s", b, err, want)
 	}
 }
