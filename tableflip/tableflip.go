@@ -38,7 +38,7 @@ const DefaultUpgradeTimeout time.Duration = time.Minute
 // cannot be replaced.
 var ErrNotSupported = errors.New("tableflip: this system does not support graceful restart")
 
-var errParentAlive = errors.New("tableflip: the parent hasn't exited")
+var errParentAlive = fmt.Errorf("the parent hasn't exited: %w", ecdysis.ErrDraining)
 
 // Options configures an Upgrader. The zero value works.
 type Options struct {
@@ -92,6 +92,7 @@ func New(opts Options) (*Upgrader, error) {
 	o := ecdysis.Options{
 		UpgradeTimeout: max(opts.UpgradeTimeout, 0),
 		PIDFile:        opts.PIDFile,
+		MaxDraining:    -1, // the parent
 		Prepare:        u.prepare,
 		Notify:         u.notify,
 	}
@@ -200,7 +201,11 @@ func (u *Upgrader) HasParent() bool { return u.parent != nil || u.core.HasParent
 // is refused before Ready, while another one runs, and while the parent is alive.
 func (u *Upgrader) Upgrade() error {
 	defer u.Fds.catchUp()
-	if err := u.core.Upgrade(); err != nil {
+	err := u.core.Upgrade()
+	if errors.Is(err, ecdysis.ErrDraining) {
+		err = errParentAlive
+	}
+	if err != nil {
 		return fmt.Errorf("tableflip: upgrade: %w", err)
 	}
 	return nil
@@ -233,31 +238,14 @@ func (u *Upgrader) WaitForParent(ctx context.Context) error {
 	return err
 }
 
-// prepare refuses an upgrade while the parent is alive. Otherwise nothing can be
-// added until the upgrade is over.
+// prepare refuses an upgrade while a tableflip process is the parent and alive.
+// Otherwise nothing can be added until the upgrade is over.
 func (u *Upgrader) prepare(*ecdysis.Command) error {
-	if !u.parentGone() {
+	if u.parent != nil && !u.parent.gone() {
 		return errParentAlive
 	}
 	u.Fds.freeze()
 	return nil
-}
-
-// parentGone reports whether the parent has exited. It asks the core several
-// times, because the core may not get to look within the time on a busy machine.
-func (u *Upgrader) parentGone() bool {
-	if u.parent != nil {
-		return u.parent.gone()
-	}
-	for range 3 {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
-		err := u.WaitForParent(ctx)
-		cancel()
-		if err == nil {
-			return true
-		}
-	}
-	return false
 }
 
 func (u *Upgrader) notify(e ecdysis.Event) {

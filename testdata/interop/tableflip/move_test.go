@@ -101,6 +101,7 @@ func TestMoveOften(t *testing.T) {
 	for name, exe := range movers(t) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			answered := 0
 			for range 10 {
 				c, pid, addrs := startTheirs(t)
 				load := proctest.StartLoad(t, proctest.Clients{N: 3, Resumes: true}, addrs...)
@@ -110,6 +111,7 @@ func TestMoveOften(t *testing.T) {
 				c.gone(pid)
 				load.More(20)
 				load.Check()
+				answered += load.Answered()
 				for _, a := range addrs {
 					if got := ask(t, a); got != 1 {
 						t.Errorf("%v: generation %d answers; want 1", a, got)
@@ -118,6 +120,7 @@ func TestMoveOften(t *testing.T) {
 				c.signal(moved, syscall.SIGTERM)
 				c.await(1, "done")
 			}
+			t.Logf("%d requests were answered", answered)
 		})
 	}
 }

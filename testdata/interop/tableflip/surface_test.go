@@ -10,11 +10,18 @@ import (
 	"testing"
 )
 
+// importers keep what they have read of the standard library, for each system.
+var importers = make(map[string]types.Importer)
+
 // surface returns a line for each exported thing of a package that a program
 // can see: objects, fields, methods, and their types.
 func surface(t *testing.T, path string) []string {
 	t.Helper()
-	pkg, err := importer.ForCompiler(token.NewFileSet(), "source", nil).Import(path)
+	gobuild.Default.CgoEnabled = false // for the importer, which would run cgo for net
+	if importers[gobuild.Default.GOOS] == nil {
+		importers[gobuild.Default.GOOS] = importer.ForCompiler(token.NewFileSet(), "source", nil)
+	}
+	pkg, err := importers[gobuild.Default.GOOS].Import(path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,7 +108,6 @@ func unnamed(s *types.Signature) *types.Signature {
 }
 
 func TestSurface(t *testing.T) {
-	gobuild.Default.CgoEnabled = false // for the importer, which would run cgo for net
 	added := []string{"func tableflip.Inherit(github.com/ecdysis-go/ecdysis.Options) (*github.com/ecdysis-go/ecdysis.Upgrader, error)"}
 	for _, c := range []struct {
 		path  string
@@ -135,7 +141,6 @@ func TestSurface(t *testing.T) {
 func TestOtherSystems(t *testing.T) {
 	const path = "github.com/ecdysis-go/ecdysis"
 	on := func(system string) []string {
-		gobuild.Default.CgoEnabled = false
 		defer func(s string) { gobuild.Default.GOOS = s }(gobuild.Default.GOOS)
 		gobuild.Default.GOOS = system
 		return surface(t, path)
