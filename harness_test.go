@@ -38,7 +38,7 @@ const (
 	hubVar  = "ECDYSIS_TEST_HUB"
 
 	// patience is how long a test waits for what must happen.
-	patience = 20 * time.Second
+	patience = 60 * time.Second
 )
 
 func TestMain(m *testing.M) {
