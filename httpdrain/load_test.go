@@ -12,6 +12,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -357,7 +358,12 @@ func (l *load) http2(transport *http.Transport) error {
 		if err != nil {
 			return err
 		}
-		req.GetBody = nil
+		// A request that cannot be sent again. Without assembly for TLS the load
+		// keeps 386 so busy that a client can need more than awayTime to see
+		// GOAWAY, which is not promised; there its requests can be sent again.
+		if runtime.GOARCH != "386" {
+			req.GetBody = nil
+		}
 		resp, err := transport.RoundTrip(req)
 		if err != nil {
 			return err
