@@ -833,13 +833,14 @@ func TestListenerFails(t *testing.T) {
 	ln = badListener{listen(t), make(chan error, 1), make(chan struct{})}
 	s = newSite(t, long, &http.Server{Handler: ok}, ln)
 	s.counts(httpdrain.Counts{})
+	errs := 0
 	eventually(t, "Serve to accept", func() (string, bool) { // what Shutdown closes is what it serves
 		select {
 		case ln.fail <- syscall.EMFILE: // a temporary one
-			return "", false
+			errs++
 		default:
-			return "", len(ln.fail) == 1
 		}
+		return "", errs == 2 // there is room for one, so that Accept has taken the first
 	})
 	if err := receive(t, s.shutdown(), "the end of Shutdown"); err == nil || !strings.Contains(err.Error(), "close failed") {
 		t.Errorf("Shutdown: %v; want the error of Close", err)
