@@ -12,7 +12,6 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -342,8 +341,8 @@ func (l *load) upload() error {
 }
 
 // http2 makes a request of each kind on a connection that it shares with other
-// clients. The transport cannot send a body again, so that none may cross the
-// last GOAWAY.
+// clients. What crosses GOAWAY, and so was not processed, the transport sends
+// again, as the protocol says.
 func (l *load) http2(transport *http.Transport) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -357,12 +356,6 @@ func (l *load) http2(transport *http.Transport) error {
 		req, err := http.NewRequestWithContext(ctx, q.method, "https://"+l.s.secure+q.path, strings.NewReader(q.body))
 		if err != nil {
 			return err
-		}
-		// A request that cannot be sent again. Without assembly for TLS the load
-		// keeps 386 so busy that a client can need more than awayTime to see
-		// GOAWAY, which is not promised; there its requests can be sent again.
-		if runtime.GOARCH != "386" {
-			req.GetBody = nil
 		}
 		resp, err := transport.RoundTrip(req)
 		if err != nil {
