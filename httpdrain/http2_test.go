@@ -168,6 +168,9 @@ func (s *site) dialFrames(way string) *frameConn {
 		s.t.Fatal(err)
 	}
 	f.write(4, 0, 0, nil) // SETTINGS
+	if _, err := f.c.r.Peek(9); err != nil { // until the server has accepted, and sent its own
+		s.t.Fatal(err)
+	}
 	return f
 }
 
@@ -320,7 +323,9 @@ func TestHTTP2Between(t *testing.T) {
 	eachWay(t, func(t *testing.T, way string) {
 		var s *site
 		half := strings.Repeat("0123456789abcdef", 1<<16)
+		writes := make(chan struct{}, 1)
 		s = newTLSSite(t, way, long, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			writes <- struct{}{}
 			_, _ = io.WriteString(w, half)
 			<-s.d.Draining()
 			_, _ = io.WriteString(w, half)
@@ -331,6 +336,7 @@ func TestHTTP2Between(t *testing.T) {
 		f.write(4, 0, 0, binary.BigEndian.AppendUint32([]byte{0, 4}, 1<<30)) // the window of each stream
 		f.write(8, 0, 0, binary.BigEndian.AppendUint32(nil, 1<<30))          // and that of the connection
 		f.request(1, "/")
+		receive(t, writes, "the handler")
 		result := make(chan error, 1)
 		go func() {
 			ctx, cancel := context.WithTimeout(context.Background(), patience)
