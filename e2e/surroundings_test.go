@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -162,6 +163,40 @@ func TestNameThatIsNotTheProgram(t *testing.T) {
 		p.Serves()
 		if got := executable.On(p); got != want {
 			t.Errorf("it runs %s; want %s", got, want)
+		}
+	}
+}
+
+// setTitle writes a title over the command line, where ps(1) finds it. The
+// strings of os.Args lie there, too.
+var setTitle = proctest.Define("set the title", func(*proctest.Daemon, struct{}) (struct{}, error) {
+	for _, arg := range os.Args {
+		b := unsafe.Slice(unsafe.StringData(arg), len(arg))
+		copy(b, strings.Repeat("title ", 1+len(b)/6))
+	}
+	return struct{}{}, nil
+})
+
+var commandLine = proctest.Define("the command line", func(*proctest.Daemon, struct{}) ([]string, error) {
+	return os.Args, nil
+})
+
+// A title that the program writes over its command line is not taken for the
+// program's name or its arguments.
+func TestTitleOverTheCommandLine(t *testing.T) {
+	t.Parallel()
+	c := proctest.New(t, proctest.TCP)
+	p := c.Start(func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, "-config", "/etc/d.conf") })
+	want := commandLine.On(p)
+	for range 2 {
+		setTitle.On(p)
+		if got := commandLine.On(p); !strings.HasPrefix(got[0], "title ") {
+			t.Fatalf("the title is %q", got)
+		}
+		p = p.Upgrade()
+		p.Serves()
+		if got := commandLine.On(p); !slices.Equal(got, want) {
+			t.Errorf("the successor's command line is %q; want %q", got, want)
 		}
 	}
 }
