@@ -2,6 +2,7 @@ package proctest
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -323,6 +324,41 @@ func (p *Proc) Upgrade(s ...Successor) *Proc {
 	a.OK()
 	n.At(AtServing)
 	return n
+}
+
+// UpgradeHolding upgrades p to a process that holds at AtNew, such as Holding.
+// It calls f there, lets the process go on, and returns it when it serves.
+func (p *Proc) UpgradeHolding(f func(s *Proc)) *Proc {
+	p.T.Helper()
+	a := p.BeginUpgrade()
+	s := a.Successor()
+	s.At(AtNew)
+	f(s)
+	s.Resume()
+	a.OK()
+	s.At(AtServing)
+	return s
+}
+
+// KillHolding is UpgradeHolding, but kills the successor after f, so that the
+// attempt must fail.
+func (p *Proc) KillHolding(f func(s *Proc)) {
+	p.T.Helper()
+	a := p.BeginUpgrade()
+	s := a.Successor()
+	s.At(AtNew)
+	f(s)
+	s.Kill()
+	a.Fails(ecdysis.StepInit, io.ErrUnexpectedEOF)
+}
+
+// HasUnclaimed fails the test unless p's EventReady names these as unclaimed,
+// in this order.
+func (p *Proc) HasUnclaimed(want ...string) {
+	p.T.Helper()
+	if got := p.Event(ecdysis.EventReady, 0).Unclaimed; !slices.Equal(got, want) {
+		p.T.Errorf("process %d has left %q unclaimed; want %q", p.PID, got, want)
+	}
 }
 
 // FailUpgrade makes an attempt that must fail at this step; see WantFailure.

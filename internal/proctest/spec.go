@@ -44,6 +44,10 @@ var Both = Spec{
 	Options: ecdysis.Options{PIDFile: "$DIR/pid"},
 }
 
+// Holding is a daemon that accepts nothing and holds at AtNew, where the test
+// calls what takes and adds things.
+var Holding = Spec{NoAccept: true}.Hold(AtNew)
+
 // At returns s with these actions, one after the other, planned for the point.
 func (s Spec) At(p Point, actions ...Action) Spec {
 	s.Plan = maps.Clone(s.Plan)
