@@ -146,8 +146,24 @@ func (p *Proc) keeps(atOnce func(now, before []string) bool) (check func()) {
 	}
 }
 
+// KeepsFiles returns a function that fails the test unless p has, sockets aside,
+// the descriptors that it has now. It waits for nothing, and p may serve clients.
+func (p *Proc) KeepsFiles() (check func()) {
+	p.T.Helper()
+	before := noSockets(p.FDs())
+	return func() {
+		p.T.Helper()
+		if now := noSockets(p.FDs()); !slices.Equal(now, before) {
+			p.T.Errorf("process %d has, sockets aside, descriptors %q; before: %q", p.PID, now, before)
+		}
+	}
+}
+
+// noSockets removes what openFDs calls a socket, on Linux or elsewhere.
 func noSockets(fds []string) []string {
-	return slices.DeleteFunc(slices.Clone(fds), func(s string) bool { return strings.Contains(s, " socket:") })
+	return slices.DeleteFunc(slices.Clone(fds), func(s string) bool {
+		return strings.Contains(s, " socket:") || strings.Contains(s, " mode 14")
+	})
 }
 
 // SameFile returns a function that fails the test unless the path leads to the
