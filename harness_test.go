@@ -1120,17 +1120,7 @@ func TestUpgrade(t *testing.T) {
 	t.Log(l.answered.Load(), "requests")
 }
 
-// rootVar makes a program that is owned by root and has the setuid bit become
-// root altogether: who started it cannot kill it.
-const rootVar = "ECDYSIS_TEST_ROOT"
-
 func init() {
-	if os.Getenv(rootVar) != "" {
-		if err := syscall.Setuid(0); err != nil {
-			os.Exit(4)
-		}
-	}
-	roles["nobody"] = func() {}
 	knownErrors["context deadline"] = context.DeadlineExceeded
 	knownErrors["ENOSPC"] = syscall.ENOSPC
 
@@ -1260,46 +1250,6 @@ func (p *proc) hasEvents(want ...ecdysis.EventKind) {
 	if got := p.kinds(); !slices.Equal(got, append([]ecdysis.EventKind{ecdysis.EventReady}, want...)) {
 		p.t.Fatalf("events %q; want ready and %q", got, want)
 	}
-}
-
-// unkillable starts a first process that is not root, and returns it with the
-// command that starts a successor that is.
-func unkillable(t *testing.T, specs ...spec) (*hub, *proc, command) {
-	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("a process that its parent may not kill takes root to start")
-	}
-	h := newHub(t, specs...)
-	nobody := filepath.Join(h.dir, "nobody")
-	root := filepath.Join(h.dir, "root")
-	for _, to := range []string{nobody, root} {
-		// Another process writes them, so that no concurrent fork of this
-		// one has them open for writing when they are started.
-		if out, err := exec.Command("cp", os.Args[0], to).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %s", err, out)
-		}
-	}
-	for _, err := range []error{
-		os.Chmod(h.dir, 0o755),
-		os.Chmod(h.path, 0o777),
-		os.Chmod(nobody, 0o755),
-		os.Chmod(root, 0o755|os.ModeSetuid),
-	} {
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	asNobody := func(cmd *exec.Cmd) {
-		cmd.Dir = h.dir
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	}
-	probe := exec.Command(root, "-test.run=^$")
-	probe.Env = append(os.Environ(), roleVar+"=nobody", rootVar+"=1")
-	if asNobody(probe); probe.Run() != nil {
-		t.Skip("the setuid bit has no effect in ", h.dir)
-	}
-	p := h.serving(asNobody, func(cmd *exec.Cmd) { cmd.Path, cmd.Args[0] = nobody, nobody })
-	return h, p, command{Verb: "upgrade", Command: &ecdysis.Command{Path: root}, SetEnv: []string{rootVar + "=1"}}
 }
 
 // lateTimeout is what a busy machine needs to bring a successor to the point
