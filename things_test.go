@@ -3,18 +3,20 @@
 package ecdysis_test
 
 import (
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
+	"testing"
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
@@ -151,14 +153,6 @@ func init() {
 	}
 }
 
-type notSocket struct {
-	net.Conn
-	f *os.File
-}
-
-func (c notSocket) SyscallConn() (syscall.RawConn, error) { return c.f.SyscallConn() }
-func (c notSocket) Close() error                          { return c.f.Close() }
-
 var thingVerbs = map[string]func(d *daemon, a []string) ([]string, error){
 	// How things come about, behind the package's back: the key comes first.
 	"dial": func(d *daemon, a []string) ([]string, error) {
@@ -201,32 +195,6 @@ var thingVerbs = map[string]func(d *daemon, a []string) ([]string, error){
 			}
 		})
 		return keep(a[0], f, errors.Join(cerr, err))
-	},
-	"accept": func(d *daemon, a []string) ([]string, error) {
-		c, err := thing[net.Listener](a[1]).Accept()
-		return keep(a[0], c, err)
-	},
-	"accept client": func(d *daemon, a []string) ([]string, error) {
-		c, err := d.lns[0].Accept()
-		return keep(a[0], c, err)
-	},
-	"tls": func(d *daemon, a []string) ([]string, error) {
-		setThing(a[0], tls.Client(thing[net.Conn](a[1]), &tls.Config{ServerName: "localhost"}))
-		return nil, nil
-	},
-	"net.Pipe": func(d *daemon, a []string) ([]string, error) {
-		c, _ := net.Pipe()
-		setThing(a[0], c)
-		return nil, nil
-	},
-	"file conn": func(d *daemon, a []string) ([]string, error) { // a net.Conn that is no socket
-		f, err := os.Open(os.DevNull)
-		setThing(a[0], notSocket{nil, f})
-		return nil, err
-	},
-	"nil": func(d *daemon, a []string) ([]string, error) {
-		setThing(a[0], (*os.File)(nil))
-		return nil, nil
 	},
 	"open": func(d *daemon, a []string) ([]string, error) {
 		flags := os.O_RDWR | os.O_CREATE
@@ -277,9 +245,6 @@ var thingVerbs = map[string]func(d *daemon, a []string) ([]string, error){
 
 	// The package's calls.
 	"AddConn": func(d *daemon, a []string) ([]string, error) {
-		if a[1] == "no conn" {
-			return nil, d.u.AddConn(a[0], nil)
-		}
 		return nil, d.u.AddConn(a[0], thing[net.Conn](a[1]))
 	},
 	"AddFile": func(d *daemon, a []string) ([]string, error) {
@@ -331,48 +296,6 @@ var thingVerbs = map[string]func(d *daemon, a []string) ([]string, error){
 	},
 	"Unregistered": func(d *daemon, a []string) ([]string, error) { return d.u.Unregistered() },
 
-	// Every call that adds or takes, and the error that each gives.
-	"all calls": func(d *daemon, a []string) (list []string, err error) {
-		c, err := net.Dial("udp", "127.0.0.1:9")
-		if err != nil {
-			return nil, err
-		}
-		defer c.Close()
-		f, err := os.Open(os.DevNull)
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		add := func(name string, err error) {
-			if notThere(err) {
-				err = nil
-			}
-			is := fmt.Sprint(err)
-			for known, e := range knownErrors {
-				if err == e {
-					is = known
-				}
-			}
-			list = append(list, name+" "+is)
-		}
-		add("AddConn", d.u.AddConn("x", c))
-		add("AddFile", d.u.AddFile("x", f))
-		_, err = d.u.Conn("nothing")
-		add("Conn", err)
-		_, err = d.u.File("nothing")
-		add("File", err)
-		_, err = d.u.Listener("nothing")
-		add("Listener", err)
-		_, err = d.u.PacketConn("nothing")
-		add("PacketConn", err)
-		_, down, err := d.u.DatagramPair("x")
-		add("DatagramPair", err)
-		if down != nil {
-			down.Close()
-		}
-		return list, nil
-	},
-
 	// What is done with things.
 	"close": func(d *daemon, a []string) ([]string, error) {
 		for _, key := range a {
@@ -406,7 +329,6 @@ var thingVerbs = map[string]func(d *daemon, a []string) ([]string, error){
 		c, err := net.FileConn(thing[*os.File](a[1]))
 		return keep(a[0], c, err)
 	},
-	"wait": func(d *daemon, a []string) ([]string, error) { return []string{string(d.u.Wait().Kind)}, nil },
 	"seek": func(d *daemon, a []string) ([]string, error) {
 		n, err := strconv.Atoi(a[1])
 		if err == nil {
@@ -464,3 +386,84 @@ func (d *daemon) answerPackets(c net.PacketConn) {
 
 // notThere reports whether a call has found nothing under a name.
 func notThere(err error) bool { return errors.Is(err, fs.ErrNotExist) }
+
+// The test's side of a connection.
+
+// dialled lets p dial the test, and returns the test's end.
+func dialled(p *proc, key, network string) net.Conn {
+	p.t.Helper()
+	address := "127.0.0.1:0"
+	if strings.HasPrefix(network, "unix") {
+		address = filepath.Join(shortDir(p.t), "peer")
+	}
+	if network == "udp" {
+		c, err := net.ListenPacket("udp", address)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		p.t.Cleanup(func() { c.Close() })
+		local := p.thing("dial", key, network, c.LocalAddr().String())[0]
+		to, err := net.ResolveUDPAddr("udp", local)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		// Connected, so that it hears when the other end has gone.
+		raw, err := c.(*net.UDPConn).SyscallConn()
+		if err == nil {
+			cerr := raw.Control(func(fd uintptr) {
+				err = syscall.Connect(int(fd), &syscall.SockaddrInet4{Addr: [4]byte(to.IP.To4()), Port: to.Port})
+			})
+			err = errors.Join(cerr, err)
+		}
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		return c.(*net.UDPConn)
+	}
+	ln, err := net.Listen(network, address)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer ln.Close()
+	p.thing("dial", key, network, ln.Addr().String())
+	c, err := ln.Accept()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func say(t *testing.T, c net.Conn, text string) {
+	t.Helper()
+	if _, err := io.WriteString(c, text); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func hear(t *testing.T, c net.Conn, text string) {
+	t.Helper()
+	b := make([]byte, len(text))
+	_ = c.SetReadDeadline(time.Now().Add(patience))
+	if n, err := io.ReadFull(c, b); err != nil || string(b) != text {
+		t.Fatalf("got %q, %v; want %q", b[:n], err, text)
+	}
+}
+
+// converse lets p, and the test at the other end, each say something.
+func converse(p *proc, key string, c net.Conn) {
+	p.t.Helper()
+	p.thing("write", key, "question")
+	hear(p.t, c, "question")
+	say(p.t, c, "answer")
+	p.gives("answer", "read", key, "6")
+}
+
+// connNetworks are the networks whose connections move, and what they are then.
+func connNetworks() map[string]string {
+	m := map[string]string{"tcp": "*net.TCPConn", "unix": "*net.UnixConn", "udp": "*net.UDPConn"}
+	if runtime.GOOS != "darwin" {
+		m["unixpacket"] = "*ecdysis.SeqpacketConn"
+	}
+	return m
+}
