@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -194,15 +195,26 @@ var steps = []step{
 	{name: "final"},
 }
 
-// at starts a chain and a takeover that has come to the step.
+// at starts a chain under load, and a takeover that has come to the step.
 func (s step) at(t *testing.T, changes ...change) (old, taker *proc, l *proctest.Load) {
 	t.Helper()
-	ch := proctest.New(t, daemon.Probation(s.probation).At(s.old, proctest.Once(proctest.Hold)), daemon.At(s.taker, proctest.Hold), daemon)
-	old = serving(ch, changes...)
+	old = serving(s.chain(t), changes...)
 	l = proctest.StartLoad(t, proctest.Clients{N: 2, Killed: 1}, old.Addrs()...)
 	l.More(10)
 	old.Dial(0) // a client that keeps it
-	taker = launch(ch, changes...)
+	return old, s.begin(old, changes...), l
+}
+
+// chain is of two daemons that hold at the step, and of one that does not.
+func (s step) chain(t *testing.T) *proctest.Chain {
+	t.Helper()
+	return proctest.New(t, daemon.Probation(s.probation).At(s.old, proctest.Once(proctest.Hold)), daemon.At(s.taker, proctest.Hold), daemon)
+}
+
+// begin starts the takeover.
+func (s step) begin(old *proc, changes ...change) (taker *proc) {
+	old.T.Helper()
+	taker = launch(old.Chain, changes...)
 	switch {
 	case s.old != "":
 		old.At(s.old)
@@ -214,7 +226,7 @@ func (s step) at(t *testing.T, changes ...change) (old, taker *proc, l *proctest
 			old.WaitReturned()
 		}
 	}
-	return old, taker, l
+	return taker
 }
 
 // The container of the old process is killed at each step.
@@ -260,4 +272,121 @@ func TestTakeoverTakerKilled(t *testing.T) {
 			l.Check()
 		})
 	}
+}
+
+// The container of the old process is stopped at each step of a takeover, as
+// kubelet does to a pod. That is consent: the new one serves, and no client is
+// lost.
+func TestTakeoverOldStopped(t *testing.T) {
+	for _, s := range steps[1 : len(steps)-1] {
+		t.Run(s.name, func(t *testing.T) {
+			t.Parallel()
+			old, taker, l := s.at(t, hardened)
+			old.kill("TERM")
+			if s.old != "" {
+				old.Resume()
+			} else if s.name != "probation" {
+				old.Event(ecdysis.EventStopDeferred, 0)
+			}
+			if s.taker != "" {
+				taker.Resume()
+			}
+			taker.At(proctest.AtServing)
+			old.WaitReturned()
+			answers(taker.Proc, 1)
+			l.More(10)
+			l.Check()
+		})
+	}
+}
+
+// The container of the taker is stopped at each step of a takeover. Before the
+// handover the old one serves on, and the next one takes over. From then on the
+// stop is the service's, and both end in order.
+func TestTakeoverTakerStopped(t *testing.T) {
+	for i, s := range steps {
+		t.Run(s.name, func(t *testing.T) {
+			t.Parallel()
+			if i >= slices.IndexFunc(steps, func(s step) bool { return s.name == "handover" }) {
+				old := serving(s.chain(t), hardened)
+				taker := s.begin(old, hardened)
+				taker.kill("TERM")
+				if s.old != "" {
+					old.Resume()
+				}
+				if s.taker != "" {
+					taker.Resume()
+				}
+				taker.Closed()
+				old.WaitReturned()
+				old.Refuses()
+				return
+			}
+			old, taker, l := s.at(t, hardened)
+			taker.kill("TERM")
+			taker.Closed()
+			l.More(10)
+			answers(old.Proc, 0)
+			p := serving(old.Chain, hardened)
+			answers(p.Proc, 1)
+			l.More(10)
+			l.Check()
+		})
+	}
+}
+
+// ownNetwork is a network namespace of the container's own.
+func ownNetwork(c *container) {
+	c.Linux.Namespaces = append(c.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace})
+}
+
+// A taker on a network of its own is refused: no client would reach the
+// sockets that it inherits.
+func TestTakeoverNetworks(t *testing.T) {
+	t.Parallel()
+	ch := proctest.New(t, daemon)
+	old := serving(ch, hardened)
+	l := old.Load(2)
+	l.More(10)
+	taker := launch(ch, hardened, ownNetwork)
+	for side, err := range map[string]error{
+		"taker": taker.ErrAt(proctest.AtNewFailed),
+		"old":   old.Event(ecdysis.EventUpgradeFailed, 0).Err,
+	} {
+		if !strings.Contains(fmt.Sprint(err), "AcrossNetworks") {
+			t.Errorf("the %s one's error: %v; want that it says how to allow this", side, err)
+		}
+	}
+	taker.ends(1)
+	answers(old.Proc, 0)
+	l.More(10)
+	ch.Specs(daemon)
+	p := serving(ch, hardened)
+	answers(p.Proc, 1)
+	old.ends(0)
+	l.Check()
+}
+
+// The new version, run inside the container of the old one, would end with its
+// PID 1.
+func TestTakeoverFromInside(t *testing.T) {
+	t.Parallel()
+	ch := proctest.New(t, daemon)
+	old := serving(ch, hardened)
+	taker := ch.Launch(func(cmd *exec.Cmd) {
+		stderr := cmd.Stderr
+		args := []string{"exec"}
+		for _, v := range ch.Env() {
+			args = append(args, "--env", v)
+		}
+		*cmd = *runc(append(args, old.id, "/daemon", "-test.run=^$")...)
+		cmd.Stderr = stderr
+	})
+	if err := taker.ErrAt(proctest.AtNewFailed); !strings.Contains(err.Error(), ecdysis.ErrInit.Error()) {
+		t.Fatalf("New: %v; want ErrInit", err)
+	}
+	answers(old.Proc, 0)
+	p := serving(ch, hardened)
+	answers(p.Proc, 1)
+	old.ends(0)
 }
