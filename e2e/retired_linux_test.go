@@ -101,6 +101,22 @@ func TestRetiredUnit(t *testing.T) {
 	}
 }
 
+// Within one unit, as when its supervisor restarts it after an upgrade, a
+// takeover retires nobody.
+func TestTakeoverWithinAUnit(t *testing.T) {
+	t.Parallel()
+	c := proctest.New(t, unit("one"))
+	p := c.Start()
+	for range 3 {
+		s := p.Upgrade()
+		p.Ended()
+		p = c.Launch()
+		p.At(proctest.AtServing)
+		s.Ended()
+		p.Serves()
+	}
+}
+
 // A takeover that fails retires nobody.
 func TestFailedTakeoverRetiresNobody(t *testing.T) {
 	t.Parallel()
