@@ -367,11 +367,11 @@ func BenchmarkSize(b *testing.B) {
 func BenchmarkSeqpacket(b *testing.B) {
 	for _, size := range []int{64, 4096} {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
-			near, far := seqpacketPair(b)
-			netNear, netFar := socketPair(b, syscall.SOCK_SEQPACKET)
+			near, far := proctest.SeqpacketPair(b)
+			netNear, netFar := proctest.SocketPair(b, syscall.SOCK_SEQPACKET)
 			conns := [2][2]net.Conn{{near, far}, {netNear, netFar}}
 			const batch = 1000
-			msg, buf := patternOf(size, 0), make([]byte, size)
+			msg, buf := make([]byte, size), make([]byte, size)
 			pingPong := func(c [2]net.Conn) time.Duration {
 				start := time.Now()
 				for range batch {

@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -176,72 +175,6 @@ func TestSecondNew(t *testing.T) {
 	}
 	p.serves()
 	p.upgrade().serves()
-}
-
-// What the words resolve to decides, and among equals the order.
-func TestMatching(t *testing.T) {
-	t.Parallel()
-	dir := shortDir(t)
-	if err := os.Mkdir(filepath.Join(dir, "sub"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink("sub", filepath.Join(dir, "link")); err != nil {
-		t.Fatal(err)
-	}
-	sock := filepath.Join(dir, "sub", "s")
-	abstract := "@ecdysis-test-" + filepath.Base(dir)
-	old := spec{Listen: [][2]string{
-		{"tcp", "127.0.0.1:0"}, {"tcp", "127.0.0.1:0"}, {"tcp", "localhost:0"}, {"tcp", ":0"}, {"tcp4", ":0"}, {"tcp6", "[::1]:0"}, {"tcp6", ":0"},
-		{"unix", sock},
-	}}
-	if runtime.GOOS == "linux" {
-		old.Listen = append(old.Listen, [2]string{"unix", abstract})
-	}
-	h := newHub(t, old)
-	p := h.serving()
-	port := func(i int) string {
-		_, a := p.addr(i)
-		_, port, err := net.SplitHostPort(a)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return port
-	}
-	renamed := spec{Listen: [][2]string{
-		{"tcp4", "localhost:0"},             // 0: the first of 127.0.0.1:0
-		{"tcp", "127.0.0.1:" + port(1)},     // 1: by its port
-		{"tcp4", "127.0.0.1:0"},             // 2: the last one
-		{"tcp", "[::]:" + port(3)},          // 3: both versions of IP
-		{"tcp4", "0.0.0.0:" + port(4)},      // 4
-		{"tcp", "[::1]:" + port(5)},         // 5
-		{"tcp6", "[::]:" + port(6)},         // 6: IPv6 alone
-		{"unix", dir + "/link/../link/./s"}, // 7: another path of the file
-	}}
-	if runtime.GOOS == "linux" {
-		renamed.Listen = append(renamed.Listen, [2]string{"unix", abstract})
-	}
-	h.next(renamed)
-	s := p.upgrade()
-	for i := range old.Listen {
-		_, a := p.addr(i)
-		_, b := s.addr(i)
-		if a != b {
-			t.Errorf("%v: %s; asked for as %v: %s", old.Listen[i], a, renamed.Listen[i], b)
-		}
-	}
-	if e := s.event(ecdysis.EventReady, 0); len(e.Unclaimed) != 0 {
-		t.Errorf("unclaimed: %v", e.Unclaimed)
-	}
-	s.serves()
-	g := s.upgrade()
-	for i := range old.Listen {
-		_, a := p.addr(i)
-		_, b := g.addr(i)
-		if a != b {
-			t.Errorf("generation 2: %v: %s, was %s", renamed.Listen[i], b, a)
-		}
-	}
-	g.serves()
 }
 
 // Several sockets of one address are handed on, in order.

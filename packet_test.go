@@ -351,30 +351,6 @@ func init() {
 		}
 		return m
 	}
-	verbs["dgram same port"] = func(d *daemon, c command) (m message) { // of UDP and of TCP
-		for {
-			p, err := d.u.ListenPacket("udp", "127.0.0.1:0")
-			if err != nil {
-				return message{Err: toErrMsg(err)}
-			}
-			address := p.LocalAddr().String()
-			ln, err := d.u.Listen("tcp", address)
-			if errors.Is(err, syscall.EADDRINUSE) {
-				p.Close()
-				continue
-			}
-			if err != nil {
-				return message{Err: toErrMsg(err)}
-			}
-			d.lns = append(d.lns, ln)
-			dgramMu.Lock()
-			dgramSocks = append(dgramSocks, &dgramSock{c: p, reads: make(map[string]*dgramRead)})
-			dgramMu.Unlock()
-			dgramLoops.Go(func() { d.dgramLoop(p) })
-			d.acceptOn(ln)
-			return message{Text: []string{address}}
-		}
-	}
 	verbs["dgram modes"] = func(d *daemon, c command) (m message) { // umask, path, how often, modes…
 		mask, err := strconv.ParseUint(c.Args[0], 8, 32)
 		if err != nil {
@@ -1171,118 +1147,6 @@ func TestPacketDeadline(t *testing.T) {
 	})
 }
 
-// What the words resolve to decides, and among equals the order. TCP is another
-// matter.
-func TestPacketMatching(t *testing.T) {
-	t.Parallel()
-	dir := shortDir(t)
-	if err := os.Mkdir(filepath.Join(dir, "sub"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink("sub", filepath.Join(dir, "link")); err != nil {
-		t.Fatal(err)
-	}
-	sock := filepath.Join(dir, "sub", "s")
-	abstract := dgramSpec{Network: "unixgram", Address: "@ecdysis-test-" + filepath.Base(dir)}
-	list := func(words ...string) (list []dgramSpec) {
-		for i := 0; i < len(words); i += 2 {
-			list = append(list, dgramSpec{Network: words[i], Address: words[i+1]})
-		}
-		if runtime.GOOS == "linux" {
-			list = append(list, abstract)
-		}
-		return list
-	}
-	first := list(
-		"udp", "127.0.0.1:0", "udp", "127.0.0.1:0", "udp", "127.0.0.1:0", "udp", "localhost:0",
-		"udp6", ":0", "udp", ":0", "udp", ":0", "udp", ":0", "udp4", ":0", "udp6", "[::1]:0", "unixgram", sock)
-	old := dgrams(1, first...)
-	old.Listen = [][2]string{{"tcp", "127.0.0.1:0"}, {"tcp", ":0"}, {"unix", sock + "stream"}}
-	h := newHub(t, old)
-	p := h.serving()
-	port := func(i int) string {
-		_, address, _ := strings.Cut(p.dgram("addrs")[i], " ")
-		_, port, err := net.SplitHostPort(address)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return port
-	}
-	second := list(
-		"udp4", "localhost:0", // 0: the first of 127.0.0.1:0
-		"udp", "127.0.0.1:"+port(1), // 1: by its port
-		"udp", "127.0.0.1:0", // 2: what is left
-		"udp4", "127.0.0.1:0", // 3: the last one
-		"udp", "[::]:0", // 5: both versions of IP, the first of these
-		"udp6", "[::]:"+port(4), // 4: IPv6 alone
-		"udp", ":"+port(6), // 6: likewise, by its port
-		"udp", "[::]:"+port(7), // 7: likewise
-		"udp4", "0.0.0.0:"+port(8), // 8
-		"udp", "[::1]:"+port(9), // 9
-		"unixgram", dir+"/link/../link/./s") // 10: another path of the file
-	renamed := dgrams(1, second...)
-	renamed.Listen = [][2]string{{"tcp4", "127.0.0.1:0"}, {"tcp", "[::]:0"}, {"unix", dir + "/link/sstream"}}
-	h.next(renamed)
-	s := p.upgrade()
-	if e := s.event(ecdysis.EventReady, 0); len(e.Unclaimed) != 0 {
-		t.Errorf("unclaimed: %v", e.Unclaimed)
-	}
-	swap := func(list []string) []string { list[4], list[5] = list[5], list[4]; return list }
-	a, b := swap(p.dgram("inodes")), s.dgram("inodes")
-	for i := range second {
-		if a[i] != b[i] {
-			t.Errorf("%v: socket %s; want %s", second[i], b[i], a[i])
-		}
-	}
-	if a, b := swap(p.dgram("addrs")), s.dgram("addrs"); !slices.Equal(a, b) {
-		t.Errorf("%q, was %q", b, a)
-	}
-	if a, b := p.list(), s.list(); !slices.Equal(a[:2], b[:2]) {
-		t.Errorf("TCP: %v, was %v", b, a)
-	}
-	p.finishes()
-	g := s.upgrade()
-	if c := g.dgram("inodes"); !slices.Equal(b, c) {
-		t.Errorf("generation 2: sockets %v, were %v", c, b)
-	}
-	s.finishes()
-	for i := range first {
-		g.answersDgram(2, g.dgramDial(i))
-	}
-	g.serves()
-}
-
-// UDP and TCP have ports of their own.
-func TestPacketSamePort(t *testing.T) {
-	t.Parallel()
-	h := newHub(t, spec{})
-	p := h.serving()
-	address := p.dgram("same port")[0]
-	for g, suffix := range []string{"4", "", ""} { // by place, by place, by words
-		both := dgrams(1, dgramSpec{Network: "udp" + suffix, Address: address})
-		both.Listen = [][2]string{{"tcp" + suffix, address}}
-		h.next(both)
-		s := p.upgrade()
-		if e := s.event(ecdysis.EventReady, 0); len(e.Unclaimed) != 0 {
-			t.Errorf("unclaimed: %v", e.Unclaimed)
-		}
-		if a, b := p.dgram("inodes"), s.dgram("inodes"); !slices.Equal(a, b) {
-			t.Errorf("socket %v, was %v", b, a)
-		}
-		p.finishes()
-		s.answersDgram(g+1, s.dgramDial(0))
-		s.serves()
-		p = s
-	}
-	// One of them dropped leaves the other.
-	h.next(spec{Listen: [][2]string{{"tcp", address}}})
-	s := p.upgrade()
-	if e := s.event(ecdysis.EventReady, 0); !slices.Equal(e.Unclaimed, []string{"udp " + address}) {
-		t.Errorf("unclaimed: %v", e.Unclaimed)
-	}
-	s.serves()
-}
-
 // Several sockets of one address are handed on, in order.
 func TestPacketReusePort(t *testing.T) {
 	t.Parallel()
@@ -1315,57 +1179,6 @@ func TestPacketReusePort(t *testing.T) {
 		p = s
 	}
 	l.check(p)
-}
-
-// A relative path means a file, not words.
-func TestPacketRelativePath(t *testing.T) {
-	t.Parallel()
-	dir := realDir(t)
-	for _, name := range []string{"one", "two"} {
-		if err := os.Mkdir(filepath.Join(dir, name), 0o700); err != nil {
-			t.Fatal(err)
-		}
-	}
-	one, two := filepath.Join(dir, "one"), filepath.Join(dir, "two")
-	in := func(dir string) []string { return []string{"ECDYSIS_TEST_CHDIR=" + dir} }
-	h := newHub(t, dgrams(1, dgramSpec{Network: "unixgram", Address: "s"}))
-	p := h.serving(func(c *exec.Cmd) { c.Env = append(c.Env, in(one)...) })
-	inode := p.dgram("inodes")[0]
-	upgrade := func(dir, address string) *proc {
-		t.Helper()
-		h.next(dgrams(1, dgramSpec{Network: "unixgram", Address: address}))
-		answer := p.begin(command{Verb: "upgrade", SetEnv: in(dir)})
-		s := h.proc()
-		if m := answer(); m.Err != nil {
-			t.Fatal(m.Err)
-		}
-		s.at("serving")
-		return s
-	}
-	for _, c := range []struct{ dir, address string }{{one, "./s"}, {two, "../one/s"}, {two, filepath.Join(one, "s")}, {one, "s"}} {
-		s := upgrade(c.dir, c.address)
-		if got := s.dgram("inodes")[0]; got != inode {
-			t.Errorf("%s in %s: socket %s; want %s", c.address, c.dir, got, inode)
-		}
-		p.finishes()
-		p = s
-	}
-	// The same word, elsewhere.
-	s := upgrade(two, "s")
-	if got := s.dgram("inodes")[0]; got == inode {
-		t.Error("a path in another directory found the same socket")
-	}
-	if e := s.event(ecdysis.EventReady, 0); !slices.Equal(e.Unclaimed, []string{"unixgram s"}) {
-		t.Errorf("unclaimed: %q", e.Unclaimed)
-	}
-	if _, err := os.Lstat(filepath.Join(one, "s")); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the dropped socket's file: %v", err)
-	}
-	c, err := dgramDial(t, "unixgram", filepath.Join(two, "s"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.answersDgram(5, c)
 }
 
 // A socket's file has its mode whatever the umask, and on Linux never more.

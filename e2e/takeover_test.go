@@ -239,28 +239,11 @@ var closeConn = proctest.Define("takeover: close conn", func(d *proctest.Daemon,
 	return proctest.None{}, proctest.Get[net.Conn](d, "conn").Close()
 })
 
-// inodes are those of the daemon's sockets for packets.
-var inodes = proctest.Define("inodes", func(d *proctest.Daemon, sockets []int) (list []uint64, err error) {
-	for _, i := range sockets {
-		raw, err := d.PacketConn(i).(syscall.Conn).SyscallConn()
-		if err != nil {
-			return nil, err
-		}
-		var st syscall.Stat_t
-		if cerr := raw.Control(func(fd uintptr) { err = syscall.Fstat(int(fd), &st) }); cerr != nil || err != nil {
-			return nil, errors.Join(cerr, err)
-		}
-		list = append(list, uint64(st.Ino))
-	}
-	return list, nil
-})
-
 // Everything is handed on, in use and under load, and no client sees it.
 func TestTakeoverOfEverything(t *testing.T) {
 	t.Parallel()
 	proctest.SkipOn(t, "it has no SOCK_SEQPACKET", "darwin")
 	spec := taking().And("udp", "127.0.0.1:0").And("unixgram", "$DIR/gram").And("unixpacket", "$DIR/seq").At(proctest.AtStart, sendRepeated.Do())
-	packetSockets := []int{2, 3}
 	spec.Options.UpgradeSocket = "$DIR/upgrade"
 	spec.Options.StopSocket = "$DIR/stop"
 	spec.Options.PartialStopSocket = "$DIR/partial"
@@ -279,7 +262,7 @@ func TestTakeoverOfEverything(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	sockets := inodes.On(p, packetSockets)
+	sockets := p.Inodes()
 	client := p.Dial(0)
 	l := p.Load(2)
 	l.More(100)
@@ -301,8 +284,8 @@ func TestTakeoverOfEverything(t *testing.T) {
 	isGeneration(s, 1)
 	hasUnclaimed(s)
 	s.HasPIDFile()
-	if got := inodes.On(s, packetSockets); !slices.Equal(got, sockets) {
-		t.Errorf("packet sockets %d; want %d", got, sockets)
+	if got := s.Inodes(); !slices.Equal(got, sockets) {
+		t.Errorf("sockets %d; want %d", got, sockets)
 	}
 	if err := conn.SetDeadline(time.Now().Add(proctest.Patience)); err != nil {
 		t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
@@ -427,6 +428,24 @@ var (
 	callRun       = Define("run", func(_ *Daemon, words []string) (string, error) {
 		out, err := exec.Command(words[0], words[1:]...).CombinedOutput()
 		return string(out), err
+	})
+	callInodes = Define("inodes", func(d *Daemon, _ None) (list []uint64, err error) {
+		d.mu.Lock()
+		sockets := d.sockets
+		d.mu.Unlock()
+		for _, s := range sockets {
+			raw, err := s.(syscall.Conn).SyscallConn()
+			if err != nil {
+				return nil, err
+			}
+			var st syscall.Stat_t
+			cerr := raw.Control(func(fd uintptr) { err = syscall.Fstat(int(fd), &st) })
+			if err := cmp.Or(cerr, err); err != nil {
+				return nil, err
+			}
+			list = append(list, uint64(st.Ino))
+		}
+		return list, nil
 	})
 	callGoroutines = Define("goroutines", func(*Daemon, None) (int, error) { return runtime.NumGoroutine(), nil })
 	callGeneration = Define("generation", func(d *Daemon, _ None) (generation, error) {

@@ -517,6 +517,11 @@ func (p *Proc) Addrs() (list []Addr) {
 // Addr is the address of p's i-th socket.
 func (p *Proc) Addr(i int) Addr { p.T.Helper(); return p.Addrs()[i] }
 
+// Inodes are those of p's sockets, by which a test can tell whether two
+// processes have the same ones. A process that was replaced has closed its
+// listeners.
+func (p *Proc) Inodes() []uint64 { p.T.Helper(); return callInodes.On(p) }
+
 // Inherits fails the test unless p listens where the older process does.
 func (p *Proc) Inherits(old *Proc) {
 	p.T.Helper()

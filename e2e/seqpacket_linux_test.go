@@ -1,11 +1,13 @@
-package ecdysis_test
+package e2e
 
 import (
 	"bytes"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -22,14 +24,10 @@ import (
 
 // What connections of packets do on Linux alone, or what only /proc tells.
 
-func init() {
-	roles["few descriptors"] = fewDescriptorsMain
-}
-
 // The largest packet goes through whole, and of one that is larger nothing.
 func TestSeqpacketLargest(t *testing.T) {
 	t.Parallel()
-	near, far := seqpacketPair(t)
+	near, far := proctest.SeqpacketPair(t)
 	limited(t, near)
 	limited(t, far)
 	b := make([]byte, 1<<22)
@@ -95,7 +93,7 @@ func TestSeqpacketEmptyPacket(t *testing.T) {
 		{"", "", "", "x", "", "y"},
 	} {
 		for _, closed := range []string{"", "Close", "CloseWrite"} {
-			c, far := acceptSeqpacket(t, "")
+			c, far := proctest.AcceptSeqpacket(t, "")
 			for _, p := range packets {
 				sendRaw(t, far, []byte(p))
 			}
@@ -136,7 +134,7 @@ func TestSeqpacketEmptyPacket(t *testing.T) {
 // ReadFiles tells an empty packet from the end as Recv does.
 func TestReadFilesEmptyPacket(t *testing.T) {
 	t.Parallel()
-	near, far := seqpacketPair(t)
+	near, far := proctest.SeqpacketPair(t)
 	for _, p := range []string{"", "x", "", "y"} {
 		sendRaw(t, far, []byte(p))
 	}
@@ -173,7 +171,7 @@ func TestReadFilesEmptyBuffer(t *testing.T) {
 func TestSeqpacketReset(t *testing.T) {
 	t.Parallel()
 	reset := func() *ecdysis.SeqpacketConn {
-		near, far := seqpacketPair(t)
+		near, far := proctest.SeqpacketPair(t)
 		for _, s := range []string{"one", "two"} {
 			if err := far.Send([]byte(s)); err != nil {
 				t.Fatal(err)
@@ -224,7 +222,7 @@ func hungUp(t *testing.T, c syscall.Conn) {
 	t.Helper()
 	withFD(t, c, func(fd int) {
 		for {
-			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd)}}, int(patience/time.Millisecond))
+			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd)}}, int(proctest.Patience/time.Millisecond))
 			if err == unix.EINTR {
 				continue
 			}
@@ -239,7 +237,7 @@ func hungUp(t *testing.T, c syscall.Conn) {
 // Packets that came before CloseRead.
 func TestSeqpacketCloseReadUnread(t *testing.T) {
 	t.Parallel()
-	near, far := seqpacketPair(t)
+	near, far := proctest.SeqpacketPair(t)
 	if err := far.Send([]byte("early")); err != nil {
 		t.Fatal(err)
 	}
@@ -252,8 +250,8 @@ func TestSeqpacketCloseReadUnread(t *testing.T) {
 
 // No packet costs memory.
 func TestSeqpacketAllocations(t *testing.T) { // not parallel: it counts what all goroutines allocate
-	for _, local := range []string{"", filepath.Join(shortDir(t), "client")} {
-		near, far := acceptSeqpacket(t, local)
+	for _, local := range []string{"", filepath.Join(proctest.ShortDir(t), "client")} {
+		near, far := proctest.AcceptSeqpacket(t, local)
 		if got := near.RemoteAddr().String(); strings.Trim(got, "@") != local { // "@", as net has it, is no name
 			t.Errorf("the peer is bound to %q; want %q", got, local)
 		}
@@ -285,23 +283,21 @@ func TestSeqpacketAllocations(t *testing.T) { // not parallel: it counts what al
 func TestReadFilesLimit(t *testing.T) {
 	t.Parallel()
 	for _, typ := range []int{syscall.SOCK_STREAM, syscall.SOCK_SEQPACKET, syscall.SOCK_DGRAM} {
-		if out := runRole(t, "few descriptors", strconv.Itoa(typ)); !slices.Equal(out, []string{"done"}) {
-			t.Errorf("type %d:\n%s", typ, strings.Join(out, "\n"))
+		if out, err := fewDescriptors.Command(strconv.Itoa(typ)).CombinedOutput(); err != nil || string(out) != "done\n" {
+			t.Errorf("type %d: %v\n%s", typ, err, out)
 		}
 	}
 }
 
-func fewDescriptorsMain() {
-	typ, err := strconv.Atoi(os.Getenv(roleArgVar))
-	if err != nil {
-		fatal(err)
-	}
+var fewDescriptors = proctest.DefineRole("few descriptors", func() {
+	typ, err := strconv.Atoi(proctest.Args()[0])
 	check := func(err error) {
 		if err != nil {
-			fatal(err)
+			log.Fatal(err)
 		}
 	}
-	a, b, err := newSocketPair(typ)
+	check(err)
+	a, b, err := proctest.NewSocketPair(typ)
 	check(err)
 	var old syscall.Rlimit
 	check(syscall.Getrlimit(syscall.RLIMIT_NOFILE, &old))
@@ -345,14 +341,14 @@ func fewDescriptorsMain() {
 			fmt.Printf("after room for %d: %q, %d files, %v\n", room, b2[:n], len(got), err)
 		}
 		closeFiles(got)
-		check(r.SetReadDeadline(time.Now().Add(patience)))
+		check(r.SetReadDeadline(time.Now().Add(proctest.Patience)))
 		if rest, err := io.ReadAll(r); len(rest) != 0 || err != nil {
 			fmt.Printf("the pipe: %q, %v\n", rest, err)
 		}
 		check(r.Close())
 	}
 	fmt.Println("done")
-}
+})
 
 // limitFor returns a limit of descriptors that leaves room for so many more
 // than those that are open.
@@ -379,16 +375,19 @@ func TestPeerCredOtherUser(t *testing.T) {
 	}
 	const nobody = 65534
 	attr := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
-	for _, ln := range listenBoth(t) {
-		// By this path the user needs no permission for the binary's directory.
-		peerProcess(t, ln, "/proc/self/exe", attr, nobody)
+	for _, ln := range listenConnections(t) {
+		seesPeer(t, ln, nobody, func(cmd *exec.Cmd) {
+			cmd.SysProcAttr = attr
+			// By this path the user needs no permission for the binary's directory.
+			cmd.Path = "/proc/self/exe"
+		})
 	}
 }
 
 // SCM_CREDENTIALS and the like between the descriptors harm nobody.
 func TestReadFilesWithCredentials(t *testing.T) {
 	t.Parallel()
-	near, far := seqpacketPair(t)
+	near, far := proctest.SeqpacketPair(t)
 	withFD(t, near, func(fd int) {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PASSCRED, 1); err != nil {
 			t.Fatal(err)
@@ -414,7 +413,7 @@ func TestReadFilesWithCredentials(t *testing.T) {
 func TestReadFilesEndWithCredentials(t *testing.T) {
 	t.Parallel()
 	for _, typ := range []int{syscall.SOCK_STREAM, syscall.SOCK_SEQPACKET} {
-		a, b := socketPair(t, typ)
+		a, b := proctest.SocketPair(t, typ)
 		withFD(t, b, func(fd int) {
 			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PASSCRED, 1); err != nil {
 				t.Fatal(err)
