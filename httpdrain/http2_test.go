@@ -167,7 +167,7 @@ func (s *site) dialFrames(way string) *frameConn {
 	if _, err := io.WriteString(f.c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"); err != nil {
 		s.t.Fatal(err)
 	}
-	f.write(4, 0, 0, nil) // SETTINGS
+	f.write(4, 0, 0, nil)                    // SETTINGS
 	if _, err := f.c.r.Peek(9); err != nil { // until the server has accepted, and sent its own
 		s.t.Fatal(err)
 	}
