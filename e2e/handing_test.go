@@ -96,6 +96,10 @@ var (
 		}
 		return claimed(d, a.Key+".up", up, err)
 	})
+	ownListener = proctest.Define("Listen with a key", func(d *proctest.Daemon, a socketAt) (string, error) {
+		ln, err := d.U.Listen(a.Network, a.Address)
+		return claimed(d, a.Key, ln, err)
+	})
 	ownPacketConn = proctest.Define("ListenPacket with a key", func(d *proctest.Daemon, a socketAt) (string, error) {
 		c, err := d.U.ListenPacket(a.Network, a.Address)
 		return claimed(d, a.Key, c, err)
@@ -176,10 +180,23 @@ var (
 	openPollablePipe = proctest.Define("pipe that does not block", func(d *proctest.Daemon, key string) (proctest.None, error) {
 		return proctest.None{}, makePipe(d, key, true)
 	})
-	// streamPair keeps files of the ends of a socketpair(2) with ".a" and ".b"
-	// after the key.
+	// streamPair and datagramPair keep files of the ends of a socketpair(2)
+	// with ".a" and ".b" after the key.
 	streamPair = proctest.Define("socketpair of streams", func(d *proctest.Daemon, key string) (proctest.None, error) {
 		return proctest.None{}, makeSocketPair(d, key, syscall.SOCK_STREAM)
+	})
+	datagramPair = proctest.Define("socketpair of datagrams", func(d *proctest.Daemon, key string) (proctest.None, error) {
+		return proctest.None{}, makeSocketPair(d, key, syscall.SOCK_DGRAM)
+	})
+	// bindTCP makes a TCP socket that does not listen.
+	bindTCP = proctest.Define("bind", func(d *proctest.Daemon, key string) (proctest.None, error) {
+		fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+		if err != nil {
+			return proctest.None{}, err
+		}
+		syscall.CloseOnExec(fd)
+		d.Set(key, os.NewFile(uintptr(fd), ""))
+		return proctest.None{}, syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
 	})
 )
 
