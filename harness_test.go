@@ -196,11 +196,7 @@ func daemonMain() {
 	d := &daemon{cmds: make(chan command)}
 	var err error
 	d.dial()
-	if d.point("start"); os.Getenv("ECDYSIS_TEST_CHDIR") != "" {
-		if err := os.Chdir(os.Getenv("ECDYSIS_TEST_CHDIR")); err != nil {
-			fatal(err)
-		}
-	}
+	d.point("start")
 	opts := d.spec.Options.real()
 	opts.Notify = func(e ecdysis.Event) {
 		m := &eventMsg{Kind: e.Kind, Socket: e.Socket, PID: e.PID, Generation: e.Generation, Unclaimed: e.Unclaimed, Line: e.String()}
@@ -1236,3 +1232,14 @@ func (p *proc) hasEvents(want ...ecdysis.EventKind) {
 // lateTimeout is what a busy machine needs to bring a successor to the point
 // where it holds.
 const lateTimeout = 5 * time.Second
+
+// link points a symbolic link somewhere, at once.
+func link(t *testing.T, to, path string) {
+	t.Helper()
+	if err := os.Symlink(to, path+".new"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+}

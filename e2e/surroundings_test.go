@@ -110,22 +110,6 @@ func TestDirectoryCannotBeEntered(t *testing.T) {
 
 var executable = proctest.Define("executable", func(*proctest.Daemon, proctest.None) (string, error) { return os.Executable() })
 
-// copySelf makes the test's own program available under another name.
-func copySelf(t *testing.T, to string) {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := os.ReadFile(self)
-	if err == nil {
-		err = os.WriteFile(to, b, 0o755)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // A program that was started by a relative path runs the same file in every
 // generation, whatever the directory.
 func TestRelativeProgramInAnotherDirectory(t *testing.T) {
