@@ -58,9 +58,7 @@ func TestMain(m *testing.M) {
 }
 
 // roles are what a test process can be, beside "daemon".
-var roles = map[string]func(){
-	"raw": rawMain,
-}
+var roles = map[string]func(){}
 
 // A spec is what the hub tells a process when it connects. Exported fields
 // travel as JSON.
@@ -350,8 +348,6 @@ func (d *daemon) point(name string) {
 			select {}
 		case "hang":
 			select {}
-		case "helper": // leave a process behind that holds every descriptor, even the stream
-			leaveHelper()
 		case "call":
 			res := d.do(command{Verb: arg})
 			d.send(message{At: name + " " + arg, Err: res.Err, Text: res.Text})
@@ -465,19 +461,8 @@ func (d *daemon) do(c command) (m message) {
 		<-d.u.Exit()
 	case "fds":
 		m.Text = proctest.OpenFDs()
-	case "environ":
-		m.Text = os.Environ()
-	case "args":
-		m.Text = os.Args
-	case "wd":
-		wd, err := os.Getwd()
-		m.Text, m.Err = []string{wd}, toErrMsg(err)
 	case "chdir":
 		m.Err = toErrMsg(os.Chdir(arg(0)))
-	case "program": // what a program that this process runs inherits
-		cmd := exec.Command(arg(0), c.Args[1:]...)
-		out, err := cmd.CombinedOutput()
-		m.Text, m.Err = strings.Split(string(out), "\n"), toErrMsg(err)
 	case "generation":
 		m.Text = []string{strconv.Itoa(d.u.Generation()), strconv.FormatBool(d.u.HasParent())}
 	case "exit":
@@ -503,93 +488,6 @@ var (
 
 // verbs are commands that single tests add.
 var verbs = map[string]func(*daemon, command) message{}
-
-// isClient reports a connection that was accepted: its end must be seen.
-func isClient(fd int) bool {
-	peer, err := syscall.Getpeername(fd)
-	if err != nil {
-		return false
-	}
-	_, isTCP := peer.(*syscall.SockaddrInet4)
-	local, err := syscall.Getsockname(fd)
-	name, isUnix := local.(*syscall.SockaddrUnix)
-	return isTCP || err == nil && isUnix && name.Name != "" && name.Name != "@"
-}
-
-// leaveHelper starts a process that holds copies of all of this process's
-// descriptors and lives until the test's hub is gone.
-func leaveHelper() {
-	var files []*os.File
-	for _, s := range proctest.OpenFDs() {
-		n, _ := strconv.Atoi(strings.Fields(s)[0])
-		if n > 2 && !strings.Contains(s, "anon_inode") && !isClient(n) {
-			if fd, err := syscall.Dup(n); err == nil {
-				files = append(files, os.NewFile(uintptr(fd), ""))
-			}
-		}
-	}
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), roleVar+"=holder")
-	cmd.ExtraFiles = files
-	if err := cmd.Start(); err != nil {
-		panic(err)
-	}
-}
-
-func init() {
-	roles["holder"] = func() {
-		c, err := net.Dial("unix", os.Getenv(hubVar))
-		if err != nil {
-			fatal(err)
-		}
-		enc := json.NewEncoder(c)
-		_ = enc.Encode(message{Hello: &helloMsg{PID: -os.Getpid()}})
-		_, _ = io.Copy(io.Discard, c) // until the test is over
-	}
-}
-
-// rawMain is a successor that speaks bytes, as the hub says: "write" of a Go
-// string literal to the stream, "read" of a frame header's worth, "exit".
-func rawMain() {
-	d := &daemon{cmds: make(chan command)}
-	d.dial()
-	f := os.NewFile(3, "")
-	d.point("raw")
-	for c := range d.cmds {
-		var m message
-		switch c.Verb {
-		case "write":
-			s, err := strconv.Unquote(c.Args[0])
-			if err == nil {
-				_, err = io.WriteString(f, s)
-			}
-			m.Err = toErrMsg(err)
-		case "readuntil": // a frame of this kind
-			m.Err = toErrMsg(readUntil(f, c.Args[0][0]))
-		case "exit":
-			os.Exit(0)
-		}
-		m.ID = c.ID
-		d.send(m)
-	}
-}
-
-// readUntil reads frames until one of this kind has come.
-func readUntil(r io.Reader, kind byte) error {
-	for {
-		var h [5]byte
-		if _, err := io.ReadFull(r, h[:]); err != nil {
-			return err
-		}
-		n := int64(h[1])<<24 | int64(h[2])<<16 | int64(h[3])<<8 | int64(h[4])
-		if _, err := io.CopyN(io.Discard, r, n); err != nil {
-			return err
-		}
-		if h[0] == kind {
-			return nil
-		}
-	}
-}
 
 // The test's side.
 
@@ -1233,13 +1131,14 @@ func (p *proc) hasEvents(want ...ecdysis.EventKind) {
 // where it holds.
 const lateTimeout = 5 * time.Second
 
-// link points a symbolic link somewhere, at once.
-func link(t *testing.T, to, path string) {
-	t.Helper()
-	if err := os.Symlink(to, path+".new"); err != nil {
-		t.Fatal(err)
+// sameFiles asserts that p has, beside sockets, the descriptors that it had.
+// It does not wait: what is left to the collector would be gone after a while.
+func sameFiles(p *proc, before []string) {
+	p.t.Helper()
+	noSockets := func(fds []string) []string {
+		return slices.DeleteFunc(slices.Clone(fds), func(s string) bool { return strings.Contains(s, " socket:") })
 	}
-	if err := os.Rename(path+".new", path); err != nil {
-		t.Fatal(err)
+	if now, before := noSockets(p.call("fds").Text), noSockets(before); !slices.Equal(now, before) {
+		p.t.Errorf("descriptors that are no sockets: %q; before: %q", now, before)
 	}
 }
