@@ -38,19 +38,6 @@ func init() {
 	}
 }
 
-func (p *proc) signal(s syscall.Signal) {
-	p.t.Helper()
-	if err := p.os.Signal(s); err != nil {
-		p.t.Fatal(err)
-	}
-}
-
-// waits returns when p's Wait catches its signals. No event tells of that.
-func (p *proc) waits() {
-	p.t.Helper()
-	p.call("inwait")
-}
-
 // kindsOf makes descriptors of different processes comparable.
 func kindsOf(fds []string) []string {
 	var list []string

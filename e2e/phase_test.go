@@ -131,20 +131,23 @@ func TestPhaseStoppedEarly(t *testing.T) {
 		p.Resume()
 		proctest.Want(t, p.ErrAt(proctest.AtReadyFailed), ecdysis.ErrStopped)
 	})
-	t.Run("successor", func(t *testing.T) { // which tells its predecessor
-		t.Parallel()
-		p := proctest.Start(t, proctest.Both, proctest.Both.Hold(proctest.AtListened), proctest.Both)
-		a := p.BeginUpgrade()
-		s := a.Successor()
-		s.At(proctest.AtListened)
-		s.Stop()
-		f := a.Fails(ecdysis.StepInit, nil)
-		proctest.Want(t, f, nil, ecdysis.ErrStopped.Error())
-		p.Serves()
-		p.HasPIDFile()
-		p.Chain.HasFiles("pid", "sock")
-		p.Upgrade().Serves()
-	})
+	// A successor tells its predecessor at once.
+	for _, point := range []proctest.Point{proctest.AtNew, proctest.AtListened} {
+		t.Run("successor/"+string(point), func(t *testing.T) {
+			t.Parallel()
+			p := proctest.Start(t, proctest.Both, proctest.Both.Hold(point), proctest.Both)
+			a := p.BeginUpgrade()
+			s := a.Successor()
+			s.At(point)
+			s.Stop()
+			f := a.Fails(ecdysis.StepInit, nil)
+			proctest.Want(t, f, nil, ecdysis.ErrStopped.Error())
+			p.Serves()
+			p.HasPIDFile()
+			p.Chain.HasFiles("pid", "sock")
+			p.Upgrade().Serves()
+		})
+	}
 }
 
 func TestPhaseRefused(t *testing.T) {

@@ -3,6 +3,8 @@ package e2e
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"net"
 	"os"
 	"slices"
@@ -87,6 +89,62 @@ func TestStopIsPassedOn(t *testing.T) {
 				t.Errorf("events of the predecessor: %v; want no stop, because it was replaced", p.Kinds())
 			}
 		})
+	}
+}
+
+// The stop sockets are paused in a handover, so that a client that connects then
+// waits in the queue. It is answered by the process that serves afterwards, and
+// stops that one, on either side of COMMIT.
+func TestStopSocketInHandover(t *testing.T) {
+	t.Parallel()
+	handover, ready := proctest.On(ecdysis.EventHandover), proctest.On(ecdysis.EventReady)
+	for _, what := range []order{stop, partial} {
+		for _, c := range []struct {
+			name                   string
+			predecessor, successor proctest.Action // at EventHandover, which is before COMMIT, and at EventReady, which is after it
+			fails                  bool            // the successor, after COMMIT
+		}{
+			{name: "before COMMIT", predecessor: proctest.Hold},
+			{name: "after COMMIT", successor: proctest.Hold},
+			{name: "before COMMIT to a successor that fails", predecessor: proctest.Hold, successor: proctest.Exit(3), fails: true},
+			{name: "after COMMIT to a successor that fails", successor: proctest.Seq(proctest.Hold, proctest.Exit(3)), fails: true},
+		} {
+			for _, probation := range []time.Duration{0, time.Minute} {
+				t.Run(fmt.Sprintf("%s/%s/probation %v", what.name, c.name, probation), func(t *testing.T) {
+					t.Parallel()
+					spec := proctest.Triggered.Probation(probation).At(proctest.AtWaitReturned, proctest.CallStop.Do())
+					p := proctest.Start(t, spec.At(handover, c.predecessor), spec.At(ready, c.successor))
+					p.InWait()
+					a := p.BeginUpgrade()
+					s := a.Successor()
+					holds, at := p, handover
+					if c.predecessor == nil {
+						holds, at = s, ready
+					}
+					holds.At(at)
+					client := proctest.Connect(t, p.Chain.Path(what.name))
+					holds.Resume()
+					if c.fails {
+						a.Fails(ecdysis.StepHandover, io.ErrUnexpectedEOF)
+						client.Wants(p.Reply(0))
+						hasReturned(p, what.kind, asked(p.Chain, what.name))
+					} else {
+						client.Wants(s.Reply(1))
+						a.OK()
+						hasReturned(s, what.kind, asked(p.Chain, what.name))
+						hasReturned(p, ecdysis.EventUpgraded, cause{})
+						if e := s.Event(what.kind, 0); e.PassedOn {
+							t.Errorf("event %v; want none that was passed on, because the successor has the client", e)
+						}
+					}
+					p.Ended()
+					s.Ended()
+					client.HungUp()
+					p.Refuses()
+					p.Chain.HasFiles()
+				})
+			}
+		}
 	}
 }
 
@@ -185,51 +243,59 @@ func TestStopRequestGivenUp(t *testing.T) {
 }
 
 // A stop during a takeover is consent: the old process serves until the taker
-// does.
+// does. A client that has requested it is told so, because the taker is not
+// given the stop.
 func TestStopDuringTakeoverIsConsent(t *testing.T) {
 	t.Parallel()
-	spec := proctest.Both
-	spec.Wait = true
-	spec.Options.TakeoverSocket = "$DIR/take"
-	spec.Options.StopSignals = []os.Signal{syscall.SIGTERM}
-	c := proctest.New(t, spec, spec.At(proctest.AtListened, proctest.Hold))
-	p := c.Start()
-	l := p.Load(2)
-	n := c.Launch()
-	n.At(proctest.AtListened)
-	p.Signal(syscall.SIGTERM)
-	p.Event(ecdysis.EventStopDeferred, 0)
-	p.Serves()
-	l.More(10)
-	n.Resume()
-	n.At(proctest.AtServing)
-	if e := p.WaitReturned(); e.Kind != ecdysis.EventUpgraded {
-		t.Errorf("Wait of the old process returned %v; want %v", e, ecdysis.EventUpgraded)
-	}
-	n.Serves()
-	l.More(10)
-	l.Check()
-	if slices.Contains(n.Kinds(), ecdysis.EventStopping) {
-		t.Errorf("events of the taker: %v; the stop was for the other unit", n.Kinds())
+	spec := proctest.Triggered.And("unix", "$DIR/sock")
+	for _, by := range []string{"signal", "socket"} {
+		t.Run(by, func(t *testing.T) {
+			t.Parallel()
+			c := proctest.New(t, spec, spec.Hold(proctest.AtListened))
+			p := c.Start()
+			l := p.Load(2)
+			n := c.Launch()
+			n.At(proctest.AtListened)
+			var client *proctest.Client
+			if by == "signal" {
+				p.Signal(syscall.SIGTERM)
+			} else {
+				client = proctest.Connect(t, c.Path("stop"))
+			}
+			p.Event(ecdysis.EventStopDeferred, 0)
+			p.Serves()
+			l.More(10)
+			n.Resume()
+			n.At(proctest.AtServing)
+			if client != nil {
+				client.WantsLine(fmt.Sprintf("error: %v: %v serves", ecdysis.ErrUpgraded, n.Reply(1)))
+				client.HungUp()
+			}
+			hasReturned(p, ecdysis.EventUpgraded, asked(c, "take"))
+			n.Serves()
+			l.More(10)
+			l.Check()
+			if slices.Contains(n.Kinds(), ecdysis.EventStopping) {
+				t.Errorf("events of the taker: %v; the stop was for the other unit", n.Kinds())
+			}
+		})
 	}
 }
 
 // A taker that fails leaves the old process to its stop.
 func TestStopDuringTakeoverThatFails(t *testing.T) {
 	t.Parallel()
-	spec := proctest.Both
-	spec.Wait = true
-	spec.Options.TakeoverSocket = "$DIR/take"
-	c := proctest.New(t, spec, spec.At(proctest.AtListened, proctest.Seq(proctest.Hold, proctest.Fail("no disk"))))
+	c := proctest.New(t, proctest.Triggered, proctest.Triggered.At(proctest.AtListened, proctest.Seq(proctest.Hold, proctest.Fail("no disk"))))
 	p := c.Start()
 	n := c.Launch()
 	n.At(proctest.AtListened)
-	p.Stop()
+	client := proctest.Connect(t, c.Path("stop"))
 	p.Event(ecdysis.EventStopDeferred, 0)
 	p.Serves()
 	n.Resume()
 	p.Event(ecdysis.EventUpgradeFailed, 0)
-	p.Event(ecdysis.EventStopping, 0)
+	client.Wants(p.Reply(0))
+	hasReturned(p, ecdysis.EventStopping, asked(c, "stop"))
 	p.Ended()
 }
 
@@ -339,4 +405,115 @@ func TestMovedDeadline(t *testing.T) {
 	meddle.On(p, false)
 	s := p.Upgrade()
 	s.Serves()
+}
+
+// What a stop removes.
+
+// A successor that was stopped within its probation has ended the service, even
+// if the predecessor learns of that later than of the successor's exit.
+func TestStoppedWhilePredecessorIsPaused(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.Both.Probation(time.Minute))
+	a := p.BeginUpgrade()
+	s := a.Successor()
+	s.At(proctest.AtServing)
+	p.Signal(syscall.SIGSTOP)
+	s.Stop()
+	s.Exit(0)
+	p.Signal(syscall.SIGCONT)
+	a.OK()
+	p.AwaitExit()
+	p.Refuses()
+	p.Chain.HasFiles()
+}
+
+// The file of an inherited socket that is closed too early to be removed goes
+// when it is this process's own.
+func TestFilesOfClosed(t *testing.T) {
+	t.Parallel()
+	spec := proctest.Spec{Listen: []proctest.Listen{{Network: "unix", Address: "$DIR/sock"}}}.Probation(time.Minute)
+	spec.Options.PartialStopSignals = []os.Signal{syscall.SIGUSR1}
+	for _, when := range []string{"before Ready", "within probation", "by a partial stop"} {
+		t.Run(when, func(t *testing.T) {
+			t.Parallel()
+			successor := spec
+			switch when {
+			case "before Ready":
+				successor = spec.At(proctest.AtListened, proctest.CallClose.Do(0))
+			case "by a partial stop":
+				successor.Wait = true
+			}
+			p := proctest.Start(t, spec, successor)
+			s := p.BeginUpgrade().Successor()
+			s.At(proctest.AtServing)
+			switch when {
+			case "before Ready":
+				if err := proctest.CallClose.ErrAt(s, proctest.AtListened); err != nil {
+					t.Fatal(err)
+				}
+			case "within probation":
+				if err := s.Close(0); err != nil {
+					t.Fatal(err)
+				}
+			case "by a partial stop":
+				s.InWait()
+				s.Signal(syscall.SIGUSR1)
+				s.Event(ecdysis.EventPartialStop, 0)
+			}
+			p.Chain.HasFiles("sock") // which the predecessor may need again
+			p.Kill()                 // which ends the probation, as its time would
+			if when == "by a partial stop" {
+				s.Ended()
+				return // it exits without Stop
+			}
+			if err := s.WaitForPredecessor(); err != nil {
+				t.Fatal(err)
+			}
+			p.Chain.HasFiles()
+		})
+	}
+}
+
+// exhaust takes all descriptors that there are.
+var exhaust = proctest.Define("exhaust", func(*proctest.Daemon, proctest.None) (proctest.None, error) {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return proctest.None{}, err
+	}
+	limit.Cur = 64
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return proctest.None{}, err
+	}
+	for {
+		if _, err := syscall.Dup(2); err != nil {
+			return proctest.None{}, nil
+		}
+	}
+})
+
+// A process that is out of descriptors still removes what is its own.
+func TestStopWithoutDescriptors(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.Both)
+	exhaust.On(p)
+	p.Stop()
+	p.Chain.HasFiles()
+}
+
+// A listener that is closed after a stop leaves the file alone that another
+// process has bound since, though the system may have given it the same inode.
+func TestCloseAfterStop(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.Both)
+	p.Stop()
+	p.AwaitExit()
+	ln, err := net.Listen("unix", p.Chain.Path("sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	if err := p.Close(1); err != nil {
+		t.Fatalf("Close: %v", err)
+	}
+	p.Chain.HasFiles("sock")
 }
