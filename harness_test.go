@@ -1001,16 +1001,6 @@ func (h *hub) hasFiles(want ...string) {
 	}
 }
 
-// none asserts that no further process has connected.
-func (h *hub) none() {
-	h.t.Helper()
-	select {
-	case p := <-h.procs:
-		h.t.Fatalf("process %d has been started, too", p.pid)
-	default:
-	}
-}
-
 // refuses asserts that nobody listens any more at p's addresses.
 func (p *proc) refuses() {
 	p.t.Helper()

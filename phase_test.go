@@ -28,14 +28,6 @@ func init() {
 		}
 		return m
 	}
-	verbs["recover"] = func(d *daemon, c command) (m message) {
-		defer func() {
-			if r := recover(); r != nil {
-				m.Text = []string{fmt.Sprint(r)}
-			}
-		}()
-		return d.do(command{Verb: c.Args[0]})
-	}
 }
 
 // kindsOf makes descriptors of different processes comparable.

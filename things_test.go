@@ -61,22 +61,6 @@ func (p *proc) thing(verb string, args ...string) []string {
 	return m.Text
 }
 
-// noThing gives p a command that must fail with an error that is this one, and
-// says all of that.
-func (p *proc) noThing(is string, says []string, verb string, args ...string) {
-	p.t.Helper()
-	m := p.call("thing "+verb, args...)
-	if m.Err == nil || is != "" && !slices.Contains(m.Err.Is, is) {
-		p.t.Errorf("%s %.100q: %+v; want an error that is %q", verb, args, m.Err, is)
-		return
-	}
-	for _, s := range says {
-		if !strings.Contains(m.Err.Text, s) {
-			p.t.Errorf("%s %.100q: %v; want that it says %q", verb, args, m.Err.Text, s)
-		}
-	}
-}
-
 // gives asserts what a command answers.
 func (p *proc) gives(want, verb string, args ...string) {
 	p.t.Helper()
