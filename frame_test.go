@@ -3,11 +3,18 @@
 package ecdysis
 
 import (
+	"errors"
+	"io"
+	"net"
 	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -184,4 +191,524 @@ func TestStreamDescriptors(t *testing.T) {
 		t.Fatalf("read %d, %v", n, err)
 	}
 	r.Close()
+}
+
+// Below are the tests of what differs between systems. They take the part of one
+// that answers otherwise, by variables of the package, so none of them is
+// parallel.
+
+// become gives a variable another value for the time of a test.
+func become[T any](t *testing.T, p *T, value T) {
+	old := *p
+	*p = value
+	t.Cleanup(func() { *p = old })
+}
+
+// pairOf returns both ends of a Unix connection, as net has them.
+func pairOf(t *testing.T, typ int) (a, b *net.UnixConn) {
+	t.Helper()
+	fds, err := socketpair(typ)
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		t.Skip("this system has no such sockets: ", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	ends := make([]*net.UnixConn, 2)
+	for i, fd := range fds {
+		if ends[i], err = unixConn(fd); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { ends[i].Close() })
+		if err := ends[i].SetDeadline(time.Now().Add(20 * time.Second)); err != nil { // rather than hang
+			t.Fatal(err)
+		}
+	}
+	return ends[0], ends[1]
+}
+
+// on calls f with c's descriptor.
+func on(t *testing.T, c syscall.Conn, f func(fd int)) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	if err == nil {
+		err = raw.Control(func(fd uintptr) { f(int(fd)) })
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Where a message takes few descriptors, and one message alone may be unread,
+// all is handed on in several, each after the last was taken.
+func TestSmallBatches(t *testing.T) {
+	become(t, &maxBatchFDs, 3)
+	become(t, &dropsDescriptors, true)
+	near, far := pairOf(t, unix.SOCK_STREAM)
+	s, err := streamOn(near)
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer, err := streamOn(far)
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer.inherits = true
+	a := &attempt{u: &Upgrader{}, s: s, child: &child{}}
+	const n = 10
+	for i := range n {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		on(t, w, func(fd int) {
+			fd, err = duplicate(fd)
+			a.rest = append(a.rest, &entry{wire: wire{kind: kindFile, name: strconv.Itoa(i)}, raw: rawFD(fd)})
+		})
+		if w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		defer a.rest[i].closeBare()
+	}
+	deadline := time.Now().Add(20 * time.Second)
+	if err := a.fill(); err != nil || a.sent != 1 {
+		t.Fatalf("before the start %d batches are sent, %v; want 1", a.sent, err)
+	}
+	u := &Upgrader{pred: newPredecessor(peer)}
+	inherited := make(chan error)
+	go func() {
+		f, err := peer.read(deadline)
+		if err == nil {
+			err = u.receiveInheritance(f, deadline)
+		}
+		inherited <- err
+	}()
+	if err := a.handOn(deadline); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-inherited; err != nil {
+		t.Fatal(err)
+	}
+	if a.sent != (n+2)/3 {
+		t.Errorf("%d batches; want %d", a.sent, (n+2)/3)
+	}
+	if len(u.reg.inherited) != n {
+		t.Fatalf("%d entries have come; want %d", len(u.reg.inherited), n)
+	}
+	for i, e := range u.reg.inherited {
+		if e.name != strconv.Itoa(i) {
+			t.Errorf("entry %d is %q", i, e.name)
+		}
+		e.closeBare()
+	}
+}
+
+// WriteFiles states how many descriptors the system takes, and keeps to it.
+func TestWriteFilesLimit(t *testing.T) {
+	become(t, &maxBatchFDs, 40)
+	c, peer := pairOf(t, unix.SOCK_STREAM)
+	files := make([]*os.File, 41)
+	for i := range files {
+		files[i] = os.Stdin
+	}
+	if n, err := WriteFiles(c, []byte("x"), files...); n != 0 || err == nil || !strings.Contains(err.Error(), "at most 40") {
+		t.Errorf("41 files: %d, %v", n, err)
+	}
+	if n, err := WriteFiles(c, []byte("x"), files[:40]...); n != 1 || err != nil {
+		t.Fatalf("40 files: %d, %v", n, err)
+	}
+	_, got, err := ReadFiles(peer, make([]byte, 1))
+	for _, f := range got {
+		f.Close()
+	}
+	if len(got) != 40 || err != nil {
+		t.Errorf("%d files come, %v; want 40", len(got), err)
+	}
+}
+
+// Where descriptors are dropped for want of room, and what comes with them, the
+// first byte of a stream takes them along alone.
+func TestDescriptorsWithOneByte(t *testing.T) {
+	become(t, &dropsDescriptors, true)
+	send, sizes := systemSend, []int(nil)
+	become(t, &systemSend, func(fd int, p, oob []byte, to unix.Sockaddr, flags int) (int, error) {
+		if len(oob) > 0 {
+			sizes = append(sizes, len(p))
+		}
+		return send(fd, p, oob, to, flags)
+	})
+	c, peer := pairOf(t, unix.SOCK_STREAM)
+	if n, err := WriteFiles(c, []byte("text"), os.Stdin); n != 4 || err != nil {
+		t.Fatalf("WriteFiles: %d, %v", n, err)
+	}
+	s, err := streamOn(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.send(frameSockets, []record{{"kind=file"}}, []int{0}); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(sizes, []int{1, 1}) {
+		t.Errorf("descriptors went with %d bytes; want one and one", sizes)
+	}
+	c.Close()
+	if b, err := io.ReadAll(peer); err != nil || string(b) != "text"+string(appendFrame(nil, frameSockets, []record{{"kind=file"}})) {
+		t.Errorf("%q has come, %v", b, err)
+	}
+}
+
+// The end of a stream is seen, and nothing is taken from it.
+func TestStreamEnded(t *testing.T) {
+	c, peer := pairOf(t, unix.SOCK_STREAM)
+	ended := func() (yes bool) {
+		on(t, c, func(fd int) { yes = streamEnded(fd) })
+		return yes
+	}
+	if ended() {
+		t.Error("ended with a peer")
+	}
+	if _, err := peer.Write([]byte("ab")); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if ended() {
+			t.Error("ended with a peer, and with unread data")
+		}
+	}
+	if n, err := c.Read(make([]byte, 3)); n != 2 || err != nil {
+		t.Errorf("%d bytes are left, %v; want 2", n, err)
+	}
+	peer.Close()
+	for range 2 {
+		if !ended() {
+			t.Error("not ended when the peer has closed")
+		}
+	}
+}
+
+// Without sockets for both versions of IP, one on [::] is of version 6 alone,
+// whatever the words that it was asked for with, and is handed on as that.
+func TestNoDualStack(t *testing.T) {
+	become(t, &dualStack, false)
+	p, err := resolve("tcp", "[::]:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := p.open(kindListener, ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error // as the system has it from birth
+		cerr := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1) })
+		return errors.Join(cerr, err)
+	}})
+	if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL) {
+		t.Skip("no IPv6 here: ", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.closeBare()
+	e.network, e.address = "tcp", "[::]:0"
+	if _, err := inheritedEntry(e.encode(), int(e.raw.(rawFD))); err != nil {
+		t.Error(err)
+	}
+	four, err := resolve("tcp", ":80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	six, err := resolve("tcp6", ":80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	both, err := resolve("tcp", "[::]:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if four.family != unix.AF_INET || both.key() != six.key() {
+		t.Errorf("family %d; keys %q and %q, which should be one", four.family, both.key(), six.key())
+	}
+}
+
+// A system that calls a packet too long while the queue is not empty is
+// waited for, unless the packet is longer than an empty queue takes.
+func TestQueueNotEmpty(t *testing.T) {
+	become(t, &shrinkingBuffers, true)
+	send := systemSend
+	become(t, &systemSend, send)
+	for _, typ := range []int{unix.SOCK_STREAM, unix.SOCK_SEQPACKET} {
+		c, peer := pairOf(t, typ)
+		if _, err := WriteFiles(c, []byte("first"), os.Stdin); err != nil {
+			t.Fatal(err)
+		}
+		refused := make(chan bool, 100)
+		systemSend = func(fd int, p, oob []byte, to unix.Sockaddr, flags int) (int, error) {
+			select {
+			case refused <- true:
+			default:
+			}
+			var unread [1]byte
+			var n int
+			on(t, peer, func(fd int) { n, _, _ = unix.Recvfrom(fd, unread[:], unix.MSG_PEEK|unix.MSG_DONTWAIT) })
+			if n > 0 {
+				return -1, unix.EMSGSIZE
+			}
+			return send(fd, p, oob, to, flags)
+		}
+		sent := make(chan error)
+		go func() {
+			_, err := WriteFiles(c, []byte("second"), os.Stdin)
+			sent <- err
+		}()
+		<-refused
+		for _, want := range []string{"first", "second"} {
+			b := make([]byte, 10)
+			n, files, err := ReadFiles(peer, b)
+			for _, f := range files {
+				f.Close()
+			}
+			if string(b[:n]) != want || len(files) != 1 || err != nil {
+				t.Errorf("type %d: %q with %d files, %v; want %q with 1", typ, b[:n], len(files), err, want)
+			}
+		}
+		if err := <-sent; err != nil {
+			t.Errorf("type %d: %v", typ, err)
+		}
+		systemSend = func(int, []byte, []byte, unix.Sockaddr, int) (int, error) { return -1, unix.EMSGSIZE }
+		if typ == unix.SOCK_SEQPACKET {
+			if _, err := WriteFiles(c, make([]byte, 1<<20)); !errors.Is(err, unix.EMSGSIZE) {
+				t.Errorf("a packet of 1 MiB: %v; want EMSGSIZE", err)
+			}
+		}
+		systemSend = send
+	}
+}
+
+// A peer that is just closing, of a connection, is one that has gone.
+func TestPeerIsClosing(t *testing.T) {
+	become(t, &lateNotConnected, true)
+	become(t, &systemSend, func(int, []byte, []byte, unix.Sockaddr, int) (int, error) { return -1, unix.ENOTCONN })
+	for _, typ := range []int{unix.SOCK_STREAM, unix.SOCK_SEQPACKET, unix.SOCK_DGRAM} {
+		c, _ := pairOf(t, typ)
+		want := unix.EPIPE
+		if typ == unix.SOCK_DGRAM {
+			want = unix.ENOTCONN
+		}
+		if _, err := WriteFiles(c, []byte("x")); !errors.Is(err, want) {
+			t.Errorf("type %d: %v; want %v", typ, err, want)
+		}
+	}
+	c, _ := pairOf(t, unix.SOCK_STREAM)
+	s, err := streamOn(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.send(frameEnd, nil, nil); err != io.EOF {
+		t.Errorf("a frame: %v; want EOF", err)
+	}
+}
+
+// Without room in the table of descriptors some systems refuse the message as
+// if it were too long.
+func TestNoRoomForDescriptors(t *testing.T) {
+	become(t, &systemReceive, func(int, []byte, []byte, int) (int, int, int, unix.Sockaddr, error) {
+		return -1, 0, 0, nil, unix.EMSGSIZE
+	})
+	c, _ := pairOf(t, unix.SOCK_STREAM)
+	_, _, err := ReadFiles(c, make([]byte, 1))
+	if !errors.Is(err, unix.EMFILE) || errors.Is(err, unix.EMSGSIZE) || !strings.Contains(err.Error(), "RLIMIT_NOFILE") {
+		t.Errorf("ReadFiles: %v; want EMFILE and the limit's name", err)
+	}
+	s, err := streamOn(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.next(); err != errTruncated {
+		t.Errorf("a stream: %v; want %v", err, errTruncated)
+	}
+}
+
+// Descriptors are close-on-exec where the system does not make them so.
+func TestMarkedLate(t *testing.T) {
+	become(t, &marksLate, true)
+	become(t, &systemReceive, func(fd int, p, oob []byte, _ int) (int, int, int, unix.Sockaddr, error) {
+		return unix.Recvmsg(fd, p, oob, 0)
+	})
+	c, peer := pairOf(t, unix.SOCK_STREAM)
+	if _, err := WriteFiles(c, []byte("x"), os.Stdin, os.Stdout); err != nil {
+		t.Fatal(err)
+	}
+	_, files, err := ReadFiles(peer, make([]byte, 1))
+	if err != nil || len(files) != 2 {
+		t.Fatalf("%d files, %v; want 2", len(files), err)
+	}
+	for _, f := range files {
+		on(t, f, func(fd int) {
+			if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+				t.Errorf("descriptor %d has flags %d, %v; want close-on-exec", fd, flags, err)
+			}
+		})
+		f.Close()
+	}
+}
+
+// Where the system does not tell what listens, a connection is not taken for a
+// listener, even when its peer has gone.
+func TestMaybeListening(t *testing.T) {
+	for _, network := range []string{"tcp", "unix"} {
+		address := "127.0.0.1:0"
+		if network == "unix" {
+			address = filepath.Join(t.TempDir(), "s")
+		}
+		ln, err := net.Listen(network, address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		ask := func(what string, c any, want error) {
+			t.Helper()
+			on(t, c.(syscall.Conn), func(fd int) {
+				if yes, err := maybeListening(fd); yes || err != want {
+					t.Errorf("%s, %s: %v, %v; want false, %v", network, what, yes, err, want)
+				}
+			})
+		}
+		ask("a listener", ln, errors.ErrUnsupported)
+		c, err := net.Dial(network, ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		ask("a listener with a client", ln, errors.ErrUnsupported)
+		peer, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ask("a connection", c, nil)
+		peer.Close()
+		ask("a connection without a peer", c, nil)
+		if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+			t.Fatal(err)
+		}
+		ask("a connection whose end was read", c, nil)
+	}
+	fd, err := newSocket(unix.AF_INET, unix.SOCK_STREAM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	if yes, err := maybeListening(fd); yes || err != errors.ErrUnsupported {
+		t.Errorf("a bound socket: %v, %v; want that it is not known", yes, err)
+	}
+}
+
+// Unregistered names the socket that listens, and no connection, whether or not
+// the system tells what listens.
+func TestUnregisteredConnections(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	for range 2 { // whose peers go
+		c, err := net.Dial("tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		peer, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer peer.Close()
+		if err := errors.Join(c.(*net.TCPConn).SetLinger(0), c.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := peer.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+			t.Fatalf("%v; want that the connection is reset", err)
+		}
+	}
+	for _, told := range []bool{true, false} {
+		if !told {
+			become(t, &systemOption, func(int, int, int) (int, error) { return 0, unix.ENOPROTOOPT })
+		}
+		list, err := (&Upgrader{}).unregistered()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, e := range list {
+			if _, port, _ := net.SplitHostPort(e.address); e.network == "tcp" && strings.HasSuffix(ln.Addr().String(), ":"+port) {
+				got = append(got, e.label())
+			}
+		}
+		if want := []string{"tcp " + ln.Addr().String()}; !slices.Equal(got, want) {
+			t.Errorf("told: %v: unregistered: %q; want %q", told, got, want)
+		}
+	}
+}
+
+// A reason that is longer than the stream's buffer is sent whole.
+func TestLongReason(t *testing.T) {
+	fds, err := socketpair(unix.SOCK_STREAM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUF, 4096); err != nil {
+		t.Fatal(err)
+	}
+	s, err := newStream(fds[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	peer, err := newStream(fds[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.close()
+	reason := strings.Repeat("x", 30<<10)
+	sent := make(chan struct{})
+	go func() {
+		defer close(sent)
+		s.sendFail(errors.New(reason))
+	}()
+	f, err := peer.read(time.Now().Add(20 * time.Second))
+	if err != nil || f.first("reason") != reason {
+		t.Errorf("%d bytes of the reason have come, %v; want %d", len(f.first("reason")), err, len(reason))
+	}
+	<-sent
+	if len(s.out) > 0 {
+		t.Errorf("%d bytes were not sent when sendFail returned", len(s.out))
+	}
+}
+
+// The system names the process that has sent READY, where it can.
+func TestSenderOfReady(t *testing.T) {
+	near, far := pairOf(t, unix.SOCK_STREAM)
+	on(t, near, wantSender)
+	s, err := streamOn(near)
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer, err := streamOn(far)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, kind := range []byte{frameAck, frameReady} {
+		if err := peer.send(kind, nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		if f, err := s.read(time.Now().Add(20 * time.Second)); err != nil || f.kind != kind {
+			t.Fatalf("frame %q, %v; want %q", f.kind, err, kind)
+		}
+	}
+	want := 0
+	if senderSpace > 0 {
+		want = os.Getpid()
+	}
+	if s.sender != want {
+		t.Errorf("the sender is %d; want %d", s.sender, want)
+	}
 }

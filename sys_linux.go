@@ -96,15 +96,12 @@ func (w *watch) begin(pid int) { w.pid = pid }
 // find begins to watch a process that is not a child.
 func (w *watch) find(pid int) {
 	w.pid = pid
-	fd, err := pidfdOpen(pid, 0)
+	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil { // it has ended, or the kernel is older than 5.3 or forbids it
 		fd, w.refused = -1, err != unix.ESRCH
 	}
 	w.pidfd = fd
 }
-
-// pidfdOpen is pidfd_open(2). A test puts another answer in its place.
-var pidfdOpen = unix.PidfdOpen
 
 // exited waits at most d for the process to exit, and reports whether it has.
 func (w *watch) exited(d time.Duration) bool {

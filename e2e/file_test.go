@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ecdysis-go/ecdysis"
 	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
@@ -337,4 +338,87 @@ func TestFilesLeakNothing(t *testing.T) {
 		}
 	}
 	talk(p, "conn", peer)
+}
+
+var addMemoryFile = proctest.Define("add memory file", func(d *proctest.Daemon, name string) (proctest.None, error) {
+	f, err := ecdysis.MemoryFile()
+	if err != nil {
+		return proctest.None{}, err
+	}
+	defer f.Close()
+	return proctest.None{}, d.U.AddFile(name, f)
+})
+
+var fileNames = proctest.Define("FileNames", func(d *proctest.Daemon, prefix string) ([]string, error) {
+	return d.U.FileNames(prefix), nil
+})
+
+func TestFileNames(t *testing.T) {
+	t.Parallel()
+	names := func(p *proctest.Proc, prefix string, want ...string) {
+		t.Helper()
+		if got := fileNames.On(p, prefix); !slices.Equal(got, want) {
+			t.Errorf("FileNames(%q): %q; want %q", prefix, got, want)
+		}
+	}
+	take := func(p *proctest.Proc, name string) {
+		t.Helper()
+		finds(p, claimFile, name, "file", "*os.File")
+		closes(p, "file")
+	}
+	p := proctest.Start(t, proctest.Spec{}, proctest.Holding)
+	names(p, "")
+	for _, name := range []string{"b/2", "a/1", "b/1", "b/1"} {
+		addMemoryFile.On(p, name)
+	}
+	names(p, "", "b/2", "a/1", "b/1", "b/1")
+	names(p, "b/", "b/2", "b/1", "b/1")
+	names(p, "b/1", "b/1", "b/1")
+	names(p, "c")
+	take(p, "b/1")
+	names(p, "b/", "b/2", "b/1")
+	pair.On(p, named{"b/pair", "pair"})
+
+	// In a successor what was inherited comes first, as long as it can be had.
+	p.UpgradeHolding(func(s *proctest.Proc) {
+		addMemoryFile.On(s, "b/0")
+		names(s, "b/", "b/2", "b/1", "b/0")
+		take(s, "b/2")
+		names(s, "b/", "b/1", "b/0")
+		for _, name := range fileNames.On(s, "") {
+			take(s, name)
+		}
+		names(s, "")
+	}).HasUnclaimed("pair b/pair")
+}
+
+func TestMemoryFile(t *testing.T) {
+	t.Parallel()
+	f, err := ecdysis.MemoryFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := os.Lstat(f.Name()); !os.IsNotExist(err) {
+		t.Errorf("it has the name %s: %v", f.Name(), err)
+	}
+	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFD, 0)
+	if err != nil || flags&unix.FD_CLOEXEC == 0 {
+		t.Errorf("descriptor flags %#x, %v; want close-on-exec", flags, err)
+	}
+	if _, err := f.Write(make([]byte, 100)); err != nil {
+		t.Fatal(err)
+	}
+	var mem [2][]byte
+	for i := range mem {
+		if mem[i], err = unix.Mmap(int(f.Fd()), 0, 100, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Munmap(mem[i])
+	}
+	f.Close()
+	mem[0][99] = 7
+	if mem[1][99] != 7 {
+		t.Error("what one mapping writes the other does not show")
+	}
 }

@@ -98,6 +98,46 @@ func TestStartDirectoryIsGone(t *testing.T) {
 	}
 }
 
+var setUID = proctest.Define("setuid", func(_ *proctest.Daemon, uid int) (proctest.None, error) {
+	return proctest.None{}, syscall.Setuid(uid)
+})
+
+// A start directory that is closed to the user that the process has become
+// since does not end the upgrades either.
+func TestStartDirectoryIsClosed(t *testing.T) {
+	t.Parallel()
+	c := proctest.New(t, proctest.TCP)
+	asRoot := c.Users()(0)
+	start := c.Path("start")
+	if err := os.Mkdir(start, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	p := c.Start(asRoot, func(cmd *exec.Cmd) { cmd.Dir = start })
+	setUID.On(p, 65534)
+	p.Upgrade().Serves()
+}
+
+// A socket file that a process may not connect to is not said to be another
+// process's, and stays.
+func TestStaleFileOfAnotherUser(t *testing.T) {
+	t.Parallel()
+	c := proctest.New(t, proctest.Both)
+	as := c.Users()
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: c.Path("sock")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.SetUnlinkOnClose(false)
+	ln.Close()
+	if err := os.Chmod(c.Path("sock"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	err = c.Launch(as(65534)).ErrAt(proctest.AtListenFailed)
+	proctest.Want(t, err, syscall.EADDRINUSE, "cannot be told")
+	proctest.Want(t, err, syscall.EACCES)
+	c.HasFiles("sock")
+}
+
 // The error of a directory that cannot be entered names the directory.
 func TestDirectoryCannotBeEntered(t *testing.T) {
 	t.Parallel()
