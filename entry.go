@@ -219,6 +219,55 @@ func (e *entry) closeBare() {
 	}
 }
 
+// A spare is a file into which descriptors are put one after the other, for
+// functions of net that make a copy of a file's. It blocks, so that os does not
+// watch it: a file for each descriptor would be put into the poller and taken
+// out again. Between two of them it refers to the first one's socket, so it is
+// for sockets that the predecessor has as well. The zero spare works.
+type spare struct{ file *os.File }
+
+// put puts fd into the spare, and closes fd. It returns the file, or nil if
+// there can be none: then fd is still the caller's.
+func (s *spare) put(fd int) *os.File {
+	if s.file == nil {
+		own, err := newSocket(unix.AF_UNIX, unix.SOCK_DGRAM)
+		if err != nil {
+			return nil
+		}
+		if unix.SetNonblock(own, false) != nil {
+			unix.Close(own)
+			return nil
+		}
+		s.file = os.NewFile(uintptr(own), "")
+	}
+	if dup3(fd, int(s.file.Fd())) != nil {
+		return nil
+	}
+	unix.Close(fd)
+	return s.file
+}
+
+func (s *spare) close() {
+	if s.file != nil {
+		s.file.Close()
+		s.file = nil
+	}
+}
+
+// lend calls f with a file that has e's bare descriptor, of which f makes a
+// copy, and closes the descriptor. Upgrader.mu is held.
+func (u *Upgrader) lend(e *entry, f func(*os.File) error) error {
+	fd := e.moveOut()
+	if e.inherited && u.life.phase == starting {
+		if file := u.reg.spare.put(fd); file != nil {
+			return f(file)
+		}
+	}
+	file := os.NewFile(uintptr(fd), "")
+	defer file.Close()
+	return f(file)
+}
+
 func (e *entry) pause() {
 	if e.sock != nil {
 		e.sock.pause()

@@ -119,8 +119,9 @@ func parseFrame(b []byte) (f frame, n int, err error) {
 	f.kind = b[0]
 	n = frameHeader + int(size)
 	p := string(b[frameHeader:n]) // the fields are parts of it
+	var fields record
 	for len(p) > 0 {
-		r := make(record, 0, 8)
+		start := len(fields)
 		for {
 			l, w := uvarint(p)
 			if w == 0 || l > len(p)-w {
@@ -131,9 +132,9 @@ func parseFrame(b []byte) (f frame, n int, err error) {
 			if l == 0 {
 				break
 			}
-			r = append(r, field)
+			fields = append(fields, field)
 		}
-		f.records = append(f.records, r)
+		f.records = append(f.records, fields[start:len(fields):len(fields)])
 	}
 	return f, n, nil
 }

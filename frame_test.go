@@ -118,7 +118,25 @@ func TestInheritedDescriptors(t *testing.T) {
 	}
 	defer file.Close()
 	r := record{"kind=listener", "network=tcp", "address=:0", "at=" + at, "later=key"}
-	if _, err := inheritedEntry(r, good); err != nil {
+	u := new(Upgrader)
+	defer u.reg.spare.close()
+	claim := func(r record, fd int) error { // of a copy, because a listener takes its descriptor over
+		dup, err := unix.Dup(fd)
+		if err != nil {
+			dup = fd
+		}
+		e := new(entry)
+		if err := e.inherit(r, dup); err != nil {
+			e.closeBare()
+			return err
+		}
+		_, err = u.register(nil, e)
+		if err == nil {
+			e.detach()
+		}
+		return err
+	}
+	if err := claim(r, good); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct {
@@ -128,15 +146,15 @@ func TestInheritedDescriptors(t *testing.T) {
 	}{
 		{"a file", "it is no socket", int(file.Fd()), r},
 		{"a closed one", "it is no socket", 1 << 20, r},
-		{"UDP", "type 2; want 1", socket(unix.AF_INET, unix.SOCK_DGRAM, loopback, false), r},
-		{"another address", "it is bound to", socket(unix.AF_INET, unix.SOCK_STREAM, loopback, true), r},
+		{"UDP", "not listen", socket(unix.AF_INET, unix.SOCK_DGRAM, loopback, false), r},
+		{"another address", "is bound to", socket(unix.AF_INET, unix.SOCK_STREAM, loopback, true), r},
 		{"a bad inode", `inode "x"`, good, append(slices.Clone(r), "path=/x", "dev=1", "ino=x")},
-		{"a Unix socket", "it is bound to", socket(unix.AF_UNIX, unix.SOCK_STREAM, &unix.SockaddrUnix{Name: t.TempDir() + "/s"}, true), r},
-		{"a TCP socket as a Unix one", "it is bound to", good, record{"kind=listener", "network=unix", "address=tcp :0", "at=" + at}},
+		{"a Unix socket", "is bound to", socket(unix.AF_UNIX, unix.SOCK_STREAM, &unix.SockaddrUnix{Name: t.TempDir() + "/s"}, true), r},
+		{"a TCP socket as a Unix one", "is bound to", good, record{"kind=listener", "network=unix", "address=tcp :0", "at=" + at}},
 	} {
-		_, err := inheritedEntry(c.record, c.fd)
-		if err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), "tcp :0") {
-			t.Errorf("%s: %v; want an error that names tcp :0 and says %q", c.name, err, c.want)
+		err := claim(c.record, c.fd)
+		if err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), ":0") {
+			t.Errorf("%s: %v; want an error that names :0 and says %q", c.name, err, c.want)
 		}
 	}
 	deaf := socket(unix.AF_INET, unix.SOCK_STREAM, loopback, false)
@@ -145,7 +163,7 @@ func TestInheritedDescriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, lerr := isListening(deaf); lerr == nil { // where the system tells
-		_, err := inheritedEntry(record{"kind=listener", "network=tcp", "address=:0", "at=" + boundKey(unix.SOCK_STREAM, sa, false)}, deaf)
+		err := claim(record{"kind=listener", "network=tcp", "address=:0", "at=" + boundKey(unix.SOCK_STREAM, sa, false)}, deaf)
 		if err == nil || !strings.Contains(err.Error(), "does not listen") {
 			t.Errorf("a socket that does not listen: %v", err)
 		}
@@ -408,7 +426,7 @@ func TestNoDualStack(t *testing.T) {
 	}
 	defer e.closeBare()
 	e.network, e.address = "tcp", "[::]:0"
-	if _, err := inheritedEntry(e.encode(), int(e.raw.(rawFD))); err != nil {
+	if err := new(entry).inherit(e.encode(), int(e.raw.(rawFD))); err != nil {
 		t.Error(err)
 	}
 	four, err := resolve("tcp", ":80")

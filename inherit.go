@@ -6,9 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -68,9 +71,10 @@ func (u *Upgrader) receiveEntries(deadline time.Time) error {
 }
 
 func (u *Upgrader) receiveBatch(f frame) error {
+	entries := make([]entry, len(f.records))
 	for i, r := range f.records {
-		e, err := inheritedEntry(r, f.fds[i])
-		if err != nil {
+		e := &entries[i]
+		if err := e.inherit(r, f.fds[i]); err != nil {
 			closeAll(f.fds[i:])
 			return err
 		}
@@ -129,33 +133,40 @@ func (u *Upgrader) disinherit() {
 		e.closeBare()
 	}
 	u.reg.inherited, u.reg.ancestors = nil, nil
+	u.reg.spare.close()
 }
 
-// inheritedEntry checks a descriptor against its record. One of a kind that
-// only a later version knows is kept, and closed by Ready like everything that
-// nobody asks for.
-func inheritedEntry(r record, fd int) (*entry, error) {
+// inherit makes an entry of a descriptor and of what is said of it. One of a kind
+// that only a later version knows is kept, and closed by Ready like everything
+// that nobody asks for.
+func (e *entry) inherit(r record, fd int) error {
 	w, err := decodeWire(r)
-	e := &entry{wire: w, inherited: true, state: unclaimed, raw: rawFD(fd)}
+	*e = entry{wire: w, inherited: true, state: unclaimed, raw: rawFD(fd)}
 	if err == nil {
 		err = e.check(fd)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("inherited descriptor for %s: %w", w.label(), err)
+		return fmt.Errorf("inherited descriptor for %s: %w", w.label(), err)
 	}
-	return e, nil
+	return nil
 }
 
-// check returns an error if fd is not what e says.
+// check returns an error if fd is not what e says. A socket's type and address
+// are compared with what net finds when it is claimed, see checkFound.
 func (e *entry) check(fd int) error {
 	switch e.kind {
-	case kindListener, kindPacket, kindPair, kindConn:
-		typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
-		if err != nil {
+	case kindListener:
+		ok, err := isListening(fd)
+		switch {
+		case errors.Is(err, errors.ErrUnsupported):
+		case err != nil:
 			return fmt.Errorf("it is no socket: %w", os.NewSyscallError("getsockopt", err))
+		case !ok:
+			return errors.New("it does not listen")
 		}
-		if e.kind == kindListener || e.kind == kindPacket {
-			return e.checkBound(fd, typ)
+	case kindPacket, kindPair, kindConn:
+		if _, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err != nil {
+			return fmt.Errorf("it is no socket: %w", os.NewSyscallError("getsockopt", err))
 		}
 	case kindState:
 		var st unix.Stat_t
@@ -169,24 +180,33 @@ func (e *entry) check(fd int) error {
 	return nil
 }
 
-// checkBound returns an error if fd is not the socket that clients find at e's
-// address.
-func (e *entry) checkBound(fd, typ int) error {
-	want, isUnix := socketType(e.network)
-	if typ != want {
-		return fmt.Errorf("it is a socket of type %d; want %d", typ, want)
+// checkFound returns an error if an inherited socket, whose address net has
+// found to be a, is not the one that clients find at e's address.
+func (e *entry) checkFound(a net.Addr) error {
+	if !e.inherited {
+		return nil
 	}
-	if e.kind == kindListener {
-		if ok, err := isListening(fd); err == nil && !ok {
-			return errors.New("it does not listen")
-		}
+	_, at, _ := strings.Cut(e.boundKey, " ")
+	same := false
+	switch a := a.(type) {
+	case *net.TCPAddr:
+		same = sameAddrPort(a.AddrPort(), at)
+	case *net.UDPAddr:
+		same = sameAddrPort(a.AddrPort(), at)
+	case *net.UnixAddr:
+		same = a.Name == at
 	}
-	sa, key, err := boundTo(fd, typ)
-	if err != nil {
-		return err
-	}
-	if _, ok := sa.(*unix.SockaddrUnix); ok != isUnix || key != e.boundKey {
-		return fmt.Errorf("it is bound to %q; want %q", key, e.boundKey)
+	typ, isUnix := socketType(a.Network())
+	want, wantUnix := socketType(e.network)
+	if !same || typ != want || isUnix != wantUnix {
+		return fmt.Errorf("the inherited descriptor is a socket that is bound to %q; want %q", a.Network()+" "+a.String(), e.boundKey)
 	}
 	return nil
+}
+
+// sameAddrPort reports whether text is a. The zones have numbers in one and
+// names in the other, and are not compared.
+func sameAddrPort(a netip.AddrPort, text string) bool {
+	b, err := netip.ParseAddrPort(text)
+	return err == nil && a.Port() == b.Port() && a.Addr().WithZone("") == b.Addr().WithZone("")
 }

@@ -94,12 +94,12 @@ func (u *Upgrader) ListenWith(lc ListenConfig, network, address string) (net.Lis
 
 // listenOrInherit returns the inherited socket for the address, or a new one.
 func (u *Upgrader) listenOrInherit(lc ListenConfig, kind, network, address string) (pausable, error) {
-	asked := &socketRequest{askedAddr{network, address}, lc}
+	asked := &socketRequest{askedAddr{network, address}, lc} // does not escape: most calls find what they ask for
 	fail := func(a net.Addr, err error) (pausable, error) {
 		return nil, fmt.Errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: network, Addr: a, Err: err})
 	}
 	if err := lc.check(kind, network, address); err != nil {
-		return fail(asked, err)
+		return fail(askedAddr{network, address}, err)
 	}
 	// Equal words need no look-up, which may ask a name server.
 	s, err := u.claim(asked, func(r *registry) *entry { return r.findWords(network, address) })
@@ -108,7 +108,7 @@ func (u *Upgrader) listenOrInherit(lc ListenConfig, kind, network, address strin
 	}
 	a, err := resolve(network, address)
 	if err != nil {
-		return fail(asked, err)
+		return fail(askedAddr{network, address}, err)
 	}
 	s, err = u.claim(asked, func(r *registry) *entry { return r.findAddr(a) })
 	if s != nil || err != nil {
@@ -193,16 +193,23 @@ type listener struct {
 // newListener makes e a listener, which takes the descriptor over. With an
 // error the descriptor is closed. The listener is paused.
 func newListener(u *Upgrader, e *entry) error {
-	f := os.NewFile(uintptr(e.moveOut()), "")
-	ln, err := net.FileListener(f) // makes a copy of its own, close-on-exec from birth
-	f.Close()
+	var ln net.Listener
+	err := u.lend(e, func(f *os.File) (err error) {
+		ln, err = net.FileListener(f) // makes a copy of its own, close-on-exec from birth
+		return err
+	})
 	if err != nil {
 		return err
 	}
 	nl, ok := ln.(netListener)
 	if !ok {
+		err = fmt.Errorf("a %T cannot be paused", ln)
+	} else {
+		err = e.checkFound(ln.Addr())
+	}
+	if err != nil {
 		ln.Close()
-		return fmt.Errorf("a %T cannot be paused", ln)
+		return err
 	}
 	raw, err := nl.SyscallConn()
 	if err != nil {

@@ -63,8 +63,13 @@ func newRawUDP(e *entry) error {
 	}
 	u, ok := c.(*net.UDPConn)
 	if !ok {
+		err = net.UnknownNetworkError(c.LocalAddr().Network())
+	} else {
+		err = e.checkFound(c.LocalAddr())
+	}
+	if err != nil {
 		c.Close()
-		return net.UnknownNetworkError(c.LocalAddr().Network())
+		return err
 	}
 	raw, err := u.SyscallConn()
 	if err != nil {
@@ -92,16 +97,23 @@ type packetConn struct {
 // newPacketConn makes e a packetConn, which takes the descriptor over. With an
 // error the descriptor is closed. The read side is paused.
 func newPacketConn(u *Upgrader, e *entry) error {
-	f := os.NewFile(uintptr(e.moveOut()), "")
-	c, err := net.FilePacketConn(f) // makes a copy of its own
-	f.Close()
+	var c net.PacketConn
+	err := u.lend(e, func(f *os.File) (err error) {
+		c, err = net.FilePacketConn(f) // makes a copy of its own
+		return err
+	})
 	if err != nil {
 		return err
 	}
 	pc, ok := c.(netPacketConn)
 	if !ok {
+		err = net.UnknownNetworkError(c.LocalAddr().Network())
+	} else {
+		err = e.checkFound(c.LocalAddr())
+	}
+	if err != nil {
 		c.Close()
-		return net.UnknownNetworkError(c.LocalAddr().Network())
+		return err
 	}
 	raw, err := pc.SyscallConn()
 	if err != nil {

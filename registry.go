@@ -25,6 +25,7 @@ type registry struct {
 	inherited []*entry // in the predecessor's order; those that were asked for are no longer unclaimed
 	ancestors []*entry // the streams to the older processes that are alive, the predecessor's last
 	dropped   []*entry // inherited and closed before their files were this process's own
+	spare     spare    // for what is claimed before Ready
 
 	// A successor nearly always asks in its predecessor's order. So next is
 	// tried first, and the maps are made when that has failed once. Each list
@@ -212,6 +213,7 @@ func (r *registry) endClaiming() []*entry {
 	list := r.unclaimed()
 	r.inherited, r.words, r.addrs, r.byNames = nil, nil, nil, nil
 	r.next, r.indexed = 0, false
+	r.spare.close()
 	return list
 }
 
@@ -334,6 +336,7 @@ func (u *Upgrader) withdraw(e *entry) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.reg.remove(e)
+	u.reg.spare.close() // it may refer to this socket
 	if e.state == inTransit {
 		e.state = closedInTransit
 		return false

@@ -43,6 +43,19 @@ func batchFDs() int {
 
 const maxUnixPath = 103
 
+// dup3 makes the descriptor to refer to what from refers to, close-on-exec.
+// Not every one of these systems has dup3(2). So the fork lock keeps the
+// processes that Go starts meanwhile from getting it.
+func dup3(from, to int) error {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	err := unix.Dup2(from, to)
+	if err == nil {
+		unix.CloseOnExec(to)
+	}
+	return err
+}
+
 // keepReserve makes a stream's buffer large enough for the first batch, and
 // leaves room for useReserve to let an ABORT through.
 func keepReserve(fd int) {

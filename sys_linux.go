@@ -25,6 +25,9 @@ const (
 	reusePort   = unix.SO_REUSEPORT
 )
 
+// dup3 makes the descriptor to refer to what from refers to, close-on-exec.
+func dup3(from, to int) error { return unix.Dup3(from, to, unix.O_CLOEXEC) }
+
 // abortReserve is how much of a stream's buffer is kept for an ABORT.
 const abortReserve = 64 << 10
 
