@@ -549,7 +549,7 @@ func TestCopiesAreClosed(t *testing.T) {
 // What nobody has asked for is named and closed.
 func TestUnclaimedIsNamed(t *testing.T) {
 	t.Parallel()
-	p := proctest.Start(t, proctest.Spec{}.At(proctest.AtStart, sendZeros.Do(10)), proctest.Holding)
+	p := proctest.Start(t, sendingState(proctest.Spec{}, sending{Size: 10}), proctest.Holding)
 	peer := dialled(p, "c", "tcp")
 	addConn.On(p, named{"x", "c"})
 	other := dialled(p, "c2", "tcp")

@@ -252,25 +252,12 @@ func TestSocketBeforeReady(t *testing.T) {
 	}
 }
 
-// sendZeros lets the daemon hand on a state of this size.
-var sendZeros = proctest.Define("send zeros", func(d *proctest.Daemon, size int64) (proctest.None, error) {
-	d.Options.SendState = func(w io.Writer) error {
-		_, err := io.Copy(w, io.LimitReader(zeros{}, size))
-		return err
-	}
-	return proctest.None{}, nil
-})
-
-type zeros struct{}
-
-func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
-
 // As soon as a successor serves its sockets it does what their clients ask for,
 // however long it takes to close what it has inherited and nobody has asked for.
 func TestSocketAtReady(t *testing.T) {
 	t.Parallel()
 	plain := proctest.Triggered
-	many := plain.At(proctest.AtStart, sendZeros.Do(64<<20)) // memory that takes time to free
+	many := sendingState(plain, sending{Size: 64 << 20}) // memory that takes time to free
 	many.Listen = slices.Repeat(plain.Listen, 200)
 	p := proctest.Start(t, many, plain.Hold(proctest.On(ecdysis.EventReady)), plain)
 	c := p.Chain

@@ -267,14 +267,6 @@ var (
 		d.Accept(proctest.Get[io.Closer](d, key))
 		return proctest.None{}, nil
 	})
-	// dropState reads so many bytes of the state, or all of it if n is -1, and
-	// returns how many there were.
-	dropState = proctest.Define("drop state", func(d *proctest.Daemon, n int64) (int64, error) {
-		if n < 0 {
-			return io.Copy(io.Discard, d.U.State())
-		}
-		return io.CopyN(io.Discard, d.U.State(), n)
-	})
 )
 
 // finds fails the test unless p finds something of this type by the name. It

@@ -58,19 +58,6 @@ var sandbox = proctest.Define("sandbox", func(_ *proctest.Daemon, d denied) (pro
 	return proctest.None{}, nil
 })
 
-var sendState = proctest.Define("send state", func(d *proctest.Daemon, _ proctest.None) (proctest.None, error) {
-	d.Options.SendState = func(w io.Writer) error {
-		_, err := io.WriteString(w, "remembered")
-		return err
-	}
-	return proctest.None{}, nil
-})
-
-var readState = proctest.Define("read state", func(d *proctest.Daemon, _ proctest.None) (string, error) {
-	b, err := io.ReadAll(d.U.State())
-	return string(b), err
-})
-
 // A successor that hangs, before it is ready or after COMMIT, is killed and
 // reaped where the system gives no handle for it.
 func TestHungSuccessorInASandbox(t *testing.T) {
@@ -83,11 +70,11 @@ func TestHungSuccessorInASandbox(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			spec := proctest.Both.At(proctest.AtStart, sandbox.Do(d), sendState.Do())
+			spec := proctest.Both.At(proctest.AtStart, sandbox.Do(d), sends.Do(sending{Size: 1000}))
 			p := proctest.Start(t, spec.UpgradeTimeout(3*time.Second),
 				spec.At(proctest.AtListened, proctest.Hang),
 				spec.At(proctest.On(ecdysis.EventReady), proctest.Kill),
-				spec.At(proctest.AtNew, readState.Do()))
+				spec.At(proctest.AtNew, readPattern.Do(stateRead{-1, 100})))
 			if _, err := sandbox.At(p, proctest.AtStart); err != nil {
 				t.Fatal("the sandbox: ", err)
 			}
@@ -101,8 +88,8 @@ func TestHungSuccessorInASandbox(t *testing.T) {
 			p.FailUpgrade(ecdysis.StepHandover, io.ErrUnexpectedEOF).Successor.Reaped()
 			p.Serves()
 			s := p.Upgrade()
-			if got, err := readState.At(s, proctest.AtNew); got != "remembered" || err != nil {
-				t.Errorf("the state is %q, %v", got, err)
+			if got, err := readPattern.At(s, proctest.AtNew); got != (stateGot{1000, true}) || err != nil {
+				t.Errorf("the state is %+v, %v", got, err)
 			}
 			s.Serves()
 			l.More(5)

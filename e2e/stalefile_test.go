@@ -326,3 +326,24 @@ func TestStaleFileRace(t *testing.T) {
 		}
 	}
 }
+
+// A socket file that a process may not connect to is not said to be another
+// process's, and stays.
+func TestStaleFileOfAnotherUser(t *testing.T) {
+	t.Parallel()
+	c := proctest.New(t, proctest.Both)
+	as := c.Users()
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: c.Path("sock")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.SetUnlinkOnClose(false)
+	ln.Close()
+	if err := os.Chmod(c.Path("sock"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	err = c.Launch(as(65534)).ErrAt(proctest.AtListenFailed)
+	proctest.Want(t, err, syscall.EADDRINUSE, "cannot be told")
+	proctest.Want(t, err, syscall.EACCES)
+	c.HasFiles("sock")
+}

@@ -177,7 +177,7 @@ func TestTakeoverNamespaces(t *testing.T) {
 				l.More(20)
 				s := c.Start(edit)
 				isGeneration(s, i+1)
-				hasUnclaimed(s)
+				s.HasUnclaimed()
 				if (s.PID == 1) != (pid1 && i != 2) {
 					t.Errorf("generation %d is process %d in its namespace", i+1, s.PID)
 				}
