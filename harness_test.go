@@ -70,7 +70,6 @@ type spec struct {
 	NoAccept   bool              // do not accept at all
 	LateAccept bool              // start the accept loops after Ready, as the README's daemon does
 	Wait       bool              // run Upgrader.Wait and exit as the README's daemon does
-	Extra      map[string]string // for what single tests add, in adjust and setUp
 }
 
 type options struct {
@@ -230,9 +229,6 @@ func daemonMain() {
 		}), p.SetEnv...)
 		return nil
 	}
-	for _, f := range adjust {
-		f(d, &opts)
-	}
 	if d.u, err = ecdysis.New(opts); err != nil {
 		d.send(message{At: "new failed", Err: toErrMsg(err)})
 		fatal(err)
@@ -243,9 +239,6 @@ func daemonMain() {
 			d.send(message{At: "listen failed", Err: toErrMsg(err)})
 			fatal(d.u.Fail(err))
 		}
-	}
-	for _, f := range setUp {
-		f(d)
 	}
 	d.addrs()
 	d.point("listened")
@@ -477,14 +470,6 @@ func (d *daemon) do(c command) (m message) {
 	}
 	return m
 }
-
-// adjust changes a daemon's options before New, setUp does what a daemon does
-// between New and Ready. Single tests add to them; Extra tells whether they
-// are meant.
-var (
-	adjust []func(*daemon, *ecdysis.Options)
-	setUp  []func(*daemon)
-)
 
 // verbs are commands that single tests add.
 var verbs = map[string]func(*daemon, command) message{}
@@ -943,11 +928,6 @@ func (h *hub) pidFile() string { return filepath.Join(h.dir, "pid") }
 
 func (s spec) do(point, what string) spec {
 	s.Do = map[string]string{point: what}
-	return s
-}
-
-func (s spec) probation(d time.Duration) spec {
-	s.Options.Probation = d
 	return s
 }
 

@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"errors"
+	"net"
 	"os"
 	"syscall"
 	"testing"
@@ -111,7 +112,12 @@ func TestPhases(t *testing.T) {
 // socketAddr is the address of the i-th socket, also before the daemon has told
 // its addresses.
 var socketAddr = proctest.Define("address", func(d *proctest.Daemon, i int) (proctest.Addr, error) {
-	a := d.Listener(i).Addr()
+	var a net.Addr
+	if c, ok := d.Socket(i).(net.PacketConn); ok {
+		a = c.LocalAddr()
+	} else {
+		a = d.Listener(i).Addr()
+	}
 	return proctest.Addr{Network: a.Network(), Address: a.String()}, nil
 })
 
