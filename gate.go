@@ -44,6 +44,7 @@ type gate struct {
 	// It is held over no call that blocks.
 	mu       sync.Mutex
 	deadline time.Time     // the caller's
+	past     bool          // the socket has the deadline of shut
 	closed   bool          // by the caller
 	detached bool          // by the package
 	changed  chan struct{} // closed on the next change of any of these; nil if nobody waits for one
@@ -150,6 +151,7 @@ func (g *gate) shut() {
 		g.epoch.Add(1)
 	}
 	_ = g.side.setSocketDeadline(past) // fails only if the socket is closed, and then no call waits
+	g.past = true
 	g.wake()
 }
 
@@ -171,7 +173,10 @@ func (g *gate) unpause() {
 	if g.epoch.Load()%2 == 0 || g.detached {
 		return
 	}
-	_ = g.side.setSocketDeadline(g.deadline)
+	if g.past || !g.deadline.IsZero() { // a new one was never shut
+		_ = g.side.setSocketDeadline(g.deadline)
+		g.past = false
+	}
 	g.epoch.Add(1)
 	g.wake()
 }
@@ -179,7 +184,9 @@ func (g *gate) unpause() {
 // detachGate keeps a gate shut for good. The caller's Close, which comes later,
 // is not an error.
 func (g *gate) detachGate() {
-	g.shut()
+	if g.epoch.Load()%2 == 0 {
+		g.shut()
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.detached = true

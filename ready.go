@@ -81,11 +81,8 @@ func (u *Upgrader) becomeServing() error {
 	// A successor that was committed to is the service. A stop that has come
 	// since ends it when Ready has done its work: if this process failed now,
 	// the predecessor would resume, and the stop would be lost.
-	switch {
-	case orphan:
+	if orphan {
 		u.handle(frame{}, io.EOF)
-	case !u.first():
-		_ = u.pred.s.send(frameDone, nil, nil) // fails only if the predecessor is gone
 	}
 
 	u.mu.Lock()
@@ -93,6 +90,11 @@ func (u *Upgrader) becomeServing() error {
 	dropped := u.reg.endClaiming()
 	for _, e := range u.reg.entries {
 		e.unpause()
+	}
+	if !u.first() && !orphan {
+		// Clients come first. With the lock, because a stop sends BYE, which
+		// must not come before DONE. It fails only if the predecessor is gone.
+		_ = u.pred.s.send(frameDone, nil, nil)
 	}
 	u.mu.Unlock()
 	u.drop(dropped)
