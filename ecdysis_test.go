@@ -13,6 +13,8 @@ import (
 	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
+func TestMain(m *testing.M) { proctest.Main(m) }
+
 // The promises of docs/design.md, a test for each. The processes are real
 // ones; what can happen to them in detail is in e2e.
 
