@@ -113,41 +113,36 @@ func TestHungAfterCommitInASandbox(t *testing.T) {
 // predecessor does not.
 func TestTakerInASandbox(t *testing.T) {
 	t.Parallel()
-	for _, errno := range []syscall.Errno{unix.EPERM, unix.ENOSYS} {
-		t.Run(errno.Error(), func(t *testing.T) {
-			t.Parallel()
-			p := proctest.Start(t, taking().At(proctest.AtStart, sandbox.Do(denied{Errno: errno})),
-				taking().Hold(proctest.On(ecdysis.EventReady)), taking())
-			if _, err := sandbox.At(p, proctest.AtStart); err != nil {
-				t.Fatal("the sandbox: ", err)
-			}
-			taker := p.Chain.Launch()
-			taker.At(proctest.On(ecdysis.EventReady))
-			c, err := p.Addr(0).Dial()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer c.Close()
-			// The time that a taker has for this is 5 s.
-			if err := c.SetDeadline(time.Now().Add(6 * time.Second)); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := c.Write([]byte("who\n")); err != nil {
-				t.Fatal(err)
-			}
-			if n, err := c.Read(make([]byte, 64)); !errors.Is(err, os.ErrDeadlineExceeded) {
-				t.Fatalf("%d bytes, %v; want that nobody answers", n, err)
-			}
-			if !taker.Living() {
-				t.Fatal("the taker has ended")
-			}
-			taker.Kill()
-			takeoverFailed(p, 0, ecdysis.StepHandover)
-			p.Answers(c)
-			c.Close()
-			s := p.Chain.Start()
-			s.Serves()
-			takenOver(p, s, 1)
-		})
+	p := proctest.Start(t, taking().At(proctest.AtStart, sandbox.Do(denied{Errno: unix.EPERM})),
+		taking().Hold(proctest.On(ecdysis.EventReady)), taking())
+	if _, err := sandbox.At(p, proctest.AtStart); err != nil {
+		t.Fatal("the sandbox: ", err)
 	}
+	taker := p.Chain.Launch()
+	taker.At(proctest.On(ecdysis.EventReady))
+	c, err := p.Addr(0).Dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	// The time that a taker has for this is 5 s.
+	if err := c.SetDeadline(time.Now().Add(6 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Write([]byte("who\n")); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := c.Read(make([]byte, 64)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("%d bytes, %v; want that nobody answers", n, err)
+	}
+	if !taker.Living() {
+		t.Fatal("the taker has ended")
+	}
+	taker.Kill()
+	takeoverFailed(p, 0, ecdysis.StepHandover)
+	p.Answers(c)
+	c.Close()
+	s := p.Chain.Start()
+	s.Serves()
+	takenOver(p, s, 1)
 }
