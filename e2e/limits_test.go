@@ -29,7 +29,7 @@ func TestManyGenerations(t *testing.T) {
 	p := proctest.Start(t, proctest.Both)
 	c, first := p.Chain, p
 	var early []string
-	for n := 1; n <= 200; n++ {
+	for n := 1; n <= 100; n++ {
 		s := p.Upgrade()
 		p.Kill()
 		p = s
@@ -39,12 +39,12 @@ func TestManyGenerations(t *testing.T) {
 		switch n {
 		case 3:
 			early = kindsOf(p.FDs())
-		case 200:
+		case 100:
 			if late := kindsOf(p.FDs()); !slices.Equal(early, late) {
-				t.Errorf("descriptors of generation 3: %q, of generation 200: %q", early, late)
+				t.Errorf("descriptors of generation 3: %q, of generation 100: %q", early, late)
 			}
-			if g := p.Generation(); g != 200 {
-				t.Errorf("generation %d; want 200", g)
+			if g := p.Generation(); g != 100 {
+				t.Errorf("generation %d; want 100", g)
 			}
 		}
 	}
