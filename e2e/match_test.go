@@ -136,7 +136,7 @@ func TestMatchingPaths(t *testing.T) {
 		}
 	}
 	for _, seqpacket := range []bool{false, true} {
-		for _, words := range []string{"$DIR/sub/NAME", "sub/NAME", "./link/../sub//NAME", "$DIR/link/NAME", "$DIR/link/../link/./NAME", "$DIR/file-NAME", "$DIR/sub/NAME"} {
+		for _, words := range []string{"$DIR/sub/NAME", "sub/NAME", "./link/../sub//NAME", "$DIR/link/../link/./NAME", "$DIR/file-NAME"} {
 			c.Specs(by(words, seqpacket))
 			p = p.Upgrade()
 			if got := p.Inodes(); !slices.Equal(got, inodes) {
@@ -146,7 +146,11 @@ func TestMatchingPaths(t *testing.T) {
 			serves(p)
 		}
 	}
-	for _, n := range unixNetworks() {
+	links := unixNetworks()
+	if runtime.GOOS == "darwin" {
+		links = nil // not each of its file systems has hard links of sockets
+	}
+	for _, n := range links {
 		if err := os.Link(c.Path("sub/"+n), c.Path("copy-"+n)); err != nil {
 			t.Fatal(err)
 		}
@@ -157,7 +161,7 @@ func TestMatchingPaths(t *testing.T) {
 	if files, err := os.ReadDir(c.Path("sub")); err != nil || len(files) != 0 {
 		t.Errorf("after Stop: %v, %v", files, err)
 	}
-	for _, n := range unixNetworks() {
+	for _, n := range links {
 		if n == "unixgram" {
 			continue // what this process has read it may answer
 		}
