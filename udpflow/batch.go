@@ -41,7 +41,8 @@ type BatchConn[M Message] struct{ *Conn }
 // ReadBatch fills messages as the method of the same name of golang.org/x/net
 // does, and returns how many, at most 64 and, on other systems than Linux, one.
 // It waits until there is at least one. There are no flags: others than 0 are
-// an error that wraps errors.ErrUnsupported.
+// an error that wraps errors.ErrUnsupported. Packets of one client may have the
+// same address, a *net.UDPAddr, which the caller must not change.
 func (c BatchConn[M]) ReadBatch(ms []M, flags int) (int, error) {
 	if flags != 0 {
 		return 0, c.opError("read", errors.ErrUnsupported)
@@ -62,14 +63,9 @@ func (c *Conn) readBatch(ms []netMessage) (int, error) {
 	if err := c.read(r); err != nil {
 		return 0, err
 	}
-	var addrs []addrBlock // few at once, because the caller may keep one for long
 	for i := range r.msgs[:r.n] {
-		if len(addrs) == 0 {
-			addrs = make([]addrBlock, min(4, r.n-i))
-		}
 		m := &r.msgs[i]
-		ms[i].N, ms[i].NN, ms[i].Flags, ms[i].Addr = m.n, m.oobn, m.flags, addrs[0].set(m.from)
-		addrs = addrs[1:]
+		ms[i].N, ms[i].NN, ms[i].Flags, ms[i].Addr = m.n, m.oobn, m.flags, r.clients.of(m.from).udpAddr()
 	}
 	return r.n, nil
 }

@@ -322,7 +322,7 @@ func (c *Conn) Stats() Stats {
 // one. It is called while the packet is received.
 func (c *Conn) decide(m *message, packet []byte, now uint64) *peer {
 	peers := c.g.peers.Load()
-	m.named, m.tracked = false, false
+	m.named, m.tracked, m.until = false, false, 0
 	if c.config.Generation != nil {
 		if b, ok := c.config.Generation(packet); ok {
 			m.named = true
@@ -358,6 +358,9 @@ func (c *Conn) decide(m *message, packet []byte, now uint64) *peer {
 		owner := ownerOf(state)
 		if owner == c.self.owner {
 			c.refresh(s, state, now)
+			if expiry := expiryOf(state); expiry > now+c.idle { // else the next packet finds it refreshed
+				m.until = expiry - c.idle
+			}
 			return nil
 		}
 		switch p := peers.find(owner); {
@@ -368,6 +371,7 @@ func (c *Conn) decide(m *message, packet []byte, now uint64) *peer {
 			}
 			return p
 		case s.take(state, c.self.owner, c.expiry(now)):
+			t.h.changes.Add(1)
 			c.takenOver.Add(1)
 			return nil
 		}

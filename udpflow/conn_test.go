@@ -513,6 +513,47 @@ func TestFlowsStay(t *testing.T) {
 	}
 }
 
+// What a socket remembers of a client does not outlive a change of the flow's
+// owner, nor the flow.
+func TestRememberedFlow(t *testing.T) {
+	c := listen(t, "udp", "127.0.0.1:0", Config{IdleTimeout: time.Hour})
+	older := addOlder(t, c, 1)
+	client := dial(t, c)
+	for range 3 {
+		for range 3 {
+			mustWrite(t, client, "own")
+			mustRead(t, c)
+		}
+		older.Claim(keyOf(client))
+		mustWrite(t, client, "the older one's")
+		other := dial(t, c)
+		mustWrite(t, other, "own") // ends the read that forwards
+		mustRead(t, c)
+		if got := mustRead(t, older); got != "the older one's" {
+			t.Fatalf("the older socket got %q", got)
+		}
+		c.Claim(keyOf(client))
+	}
+
+	c = listen(t, "udp", "127.0.0.1:0", Config{IdleTimeout: 400 * time.Millisecond})
+	client = dial(t, c)
+	expiry := func() uint64 {
+		_, state := c.g.table.find(c.g.table.hash(keyOf(client)), c.g.clock.now())
+		return expiryOf(state)
+	}
+	mustWrite(t, client, "first")
+	mustRead(t, c)
+	for range 2 {
+		for first, end := expiry(), time.Now().Add(proctest.Patience); expiry() == first; {
+			mustWrite(t, client, "again")
+			mustRead(t, c)
+			if time.Now().After(end) {
+				t.Fatal("the flow of a client that is remembered is not refreshed")
+			}
+		}
+	}
+}
+
 // A process that does not read loses what its inbox has no room for, and
 // disturbs nobody else.
 func TestInboxFull(t *testing.T) {

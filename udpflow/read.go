@@ -1,6 +1,7 @@
 package udpflow
 
 import (
+	"net"
 	"net/netip"
 	"os"
 	"sync"
@@ -29,6 +30,7 @@ type message struct {
 	named          bool   // it has named its generation
 	tracked        bool   // its flow is in the table
 	dest           *peer  // the older process that it is for; nil: this one
+	until          uint64 // when the table is to be asked again about its flow, which is this socket's; 0: at once
 	sent           bool   // it was sent there, or dropped
 }
 
@@ -168,13 +170,15 @@ type reader struct {
 	sent   int   // of these
 	serr   error // of sending
 
+	clients *clientCache
+
 	// The functions as the raw connections get them.
 	fromSocket, stashFromSocket, stashFromInbox func(fd uintptr) bool
 	sendTo                                      func(fd uintptr)
 }
 
 func makeReader() *reader {
-	r := new(reader)
+	r := &reader{clients: new(clientCache)}
 	r.fromSocket, r.stashFromSocket, r.stashFromInbox = r.receive, r.fillFromSocket, r.fillFromInbox
 	r.sendTo = r.sendBatch
 	return r
@@ -219,6 +223,36 @@ func (r *reader) free() {
 	r.vector.clear()
 	r.c = nil
 	readers.Put(r)
+}
+
+// A clientCache has what is known about clients that have sent a packet, since
+// most send more than one. Each client has one place in it.
+type clientCache [256]client
+
+type client struct {
+	from netip.AddrPort
+	addr *net.UDPAddr // nil until it was asked for
+
+	// The flow is the socket's with this number, which is not another one's in
+	// any group, until then, if no flow has changed its owner since.
+	socket  uint64
+	changes uint64
+	until   uint64
+}
+
+func (x *clientCache) of(a netip.AddrPort) *client {
+	place := &x[uint8(a.Port())]
+	if place.from != a {
+		*place = client{from: a}
+	}
+	return place
+}
+
+func (x *client) udpAddr() *net.UDPAddr {
+	if x.addr == nil {
+		x.addr = udpAddr(x.from)
+	}
+	return x.addr
 }
 
 // A stash holds packets that are this process's, and that no read method has
@@ -333,16 +367,26 @@ func (r *reader) receive(fd uintptr) bool {
 			r.err = os.NewSyscallError("recvmsg", err)
 			return true
 		}
-		now := c.g.clock.now()
+		t := c.g.table.h
+		now, changes, socket := c.g.clock.now(), t.changes.Load(), t.k0+uint64(c.self.owner)
 		for i := range r.msgs[:n] {
 			m := &r.msgs[i]
 			m.sent = false
-			if i > 0 && c.byAddress && r.msgs[i-1].tracked && m.from == r.msgs[i-1].from {
+			switch {
+			case !c.byAddress:
+				m.dest = c.decide(m, m.first(), now)
+			case i > 0 && r.msgs[i-1].tracked && m.from == r.msgs[i-1].from:
 				// Packets of one flow often come together.
 				m.named, m.tracked, m.dest = false, true, r.msgs[i-1].dest
-				continue
+			default:
+				x := r.clients.of(m.from)
+				if x.socket == socket && x.changes == changes && now < x.until {
+					m.named, m.tracked, m.dest = false, true, nil
+					break
+				}
+				m.dest = c.decide(m, m.first(), now)
+				x.socket, x.changes, x.until = socket, changes, m.until
 			}
-			m.dest = c.decide(m, m.first(), now)
 		}
 		forwarded += r.forward(n, now)
 		for i := range r.msgs[:n] {

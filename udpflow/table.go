@@ -38,6 +38,7 @@ type header struct {
 	keyPrint        uint64 // of Config.Key
 	generationPrint uint64 // of Config.Generation
 	owners          atomic.Uint32
+	changes         atomic.Uint64 // how often a flow has changed its owner
 }
 
 type bucket [bucketSlots]slot
@@ -289,6 +290,7 @@ func (t *table) claim(hash uint64, owner uint32, now, expiry uint64) bool {
 			return t.open(hash, owner, now, expiry)
 		}
 		if s.take(state, owner, expiry) {
+			t.h.changes.Add(1)
 			return true
 		}
 	}
