@@ -40,7 +40,7 @@ func TestDropped(t *testing.T) {
 	a := p.BeginUpgrade()
 	s := a.Successor()
 	s.At(proctest.AtListened)
-	p.Serves() // all of it, as long as the new one is not ready
+	p.Serves() // all of it, as long as the successor is not ready
 	s.Resume()
 	a.OK()
 	s.HasUnclaimed(unclaimed...)

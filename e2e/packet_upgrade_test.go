@@ -130,7 +130,7 @@ func (c *loadClient) run() {
 	l := c.l
 	defer func() {
 		l.mu.Lock()
-		l.idle++ // for whoever waits for it, if it has failed
+		l.idle++ // so that pause returns if this client has failed
 		l.changed.Broadcast()
 		l.mu.Unlock()
 	}()

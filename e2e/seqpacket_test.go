@@ -720,7 +720,7 @@ func oneWaits(t *testing.T, calls []*callee) {
 	}
 }
 
-// Each packet is received once and whole, whoever sends and receives.
+// Each packet is received once and whole, with many senders and receivers.
 func TestSeqpacketConcurrent(t *testing.T) {
 	t.Parallel()
 	near, far := proctest.SeqpacketPair(t)
