@@ -1,7 +1,6 @@
 package httpdrain_test
 
 import (
-	"bufio"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -20,7 +19,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -29,6 +27,7 @@ import (
 
 	"github.com/ecdysis-go/ecdysis"
 	"github.com/ecdysis-go/ecdysis/httpdrain"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
 // The tests of upgrades run real processes: the test binary again, as the
@@ -213,13 +212,10 @@ const chunks = 20
 
 // A server is a chain of test servers.
 type server struct {
-	t             *testing.T
-	cmd           *exec.Cmd
-	lines         chan string // all that they say; closed when all have ended
+	*proctest.Program
 	plain, secure string      // addresses
-	pid           int         // of the one that serves
+	process       *os.Process // the one that serves
 	generation    int
-	said          []string // all lines; read once lines is closed
 }
 
 func startServer(t *testing.T, end string, grace time.Duration, env ...string) *server {
@@ -229,119 +225,37 @@ func startServer(t *testing.T, end string, grace time.Duration, env ...string) *
 		t.Fatal(err)
 	}
 	cert, _ := certificate(t)
-	s := &server{t: t, lines: make(chan string, 10000), cmd: exec.Command(self)}
-	s.cmd.Env = append(append(os.Environ(), roleVar+"="+end, graceVar+"="+grace.String(), certVar+"="+cert), env...)
-	s.start()
-	m := s.await(`listening (\S+) (\S+)$`)
+	cmd := exec.Command(self)
+	cmd.Env = append(append(os.Environ(), roleVar+"="+end, graceVar+"="+grace.String(), certVar+"="+cert), env...)
+	s := &server{Program: proctest.Run(t, cmd)}
+	m := s.Await(`listening (\S+) (\S+)$`)
 	s.plain, s.secure = m[1], m[2]
-	s.ready()
+	s.process = s.Ready(0)
 	return s
 }
 
-// start runs s.cmd in a process group of its own, whatever is left of which is
-// ended with the test.
-func (s *server) start() {
-	s.t.Helper()
-	r, w, err := os.Pipe()
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	s.cmd.Stderr = w
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := s.cmd.Start(); err != nil {
-		s.t.Fatal(err)
-	}
-	w.Close()
-	go func() {
-		defer close(s.lines)
-		defer r.Close()
-		for sc := bufio.NewScanner(r); sc.Scan(); {
-			s.said = append(s.said, sc.Text())
-			s.lines <- sc.Text()
-		}
-	}()
-	s.t.Cleanup(func() {
-		if s.cmd.ProcessState == nil {
-			defer s.cmd.Wait()
-		}
-		for {
-			select {
-			case _, ok := <-s.lines:
-				if !ok {
-					return
-				}
-			default: // one lives still, so the group's number is not free
-				_ = syscall.Kill(-s.cmd.Process.Pid, syscall.SIGKILL)
-				for range s.lines {
-				}
-				return
-			}
-		}
-	})
-}
-
-// await returns what the next line that matches has in its parentheses.
-func (s *server) await(pattern string) []string {
-	s.t.Helper()
-	re := regexp.MustCompile(pattern)
-	limit := time.After(patience)
-	seen := ""
-	for {
-		select {
-		case line, ok := <-s.lines:
-			if m := re.FindStringSubmatch(line); m != nil {
-				return m
-			}
-			if seen += "\n" + line; !ok {
-				s.t.Fatalf("all servers have ended without a line %q:%s", pattern, seen)
-			}
-		case <-limit:
-			s.t.Fatalf("no line %q:%s", pattern, seen)
-		}
-	}
-}
-
-// ready waits until the next generation serves.
-func (s *server) ready() {
-	s.t.Helper()
-	m := s.await(`ready: pid=(\d+) generation=` + strconv.Itoa(s.generation) + `$`)
-	s.pid, _ = strconv.Atoi(m[1])
-}
-
 func (s *server) signal(sig syscall.Signal) {
-	s.t.Helper()
-	if err := syscall.Kill(s.pid, sig); err != nil {
-		s.t.Fatal(err)
+	s.T.Helper()
+	if err := s.process.Signal(sig); err != nil {
+		s.T.Fatal(err)
 	}
 }
 
 // upgrade replaces the server that serves, which then drains.
 func (s *server) upgrade() {
-	s.t.Helper()
+	s.T.Helper()
 	s.signal(syscall.SIGHUP)
 	s.generation++
-	s.ready()
-	s.await(`upgraded by signal`)
+	s.process = s.Ready(s.generation)
+	s.Await(`upgraded by signal`)
 }
 
 // stop ends the last server and waits until all have ended.
 func (s *server) stop() {
-	s.t.Helper()
+	s.T.Helper()
 	s.signal(syscall.SIGTERM)
-	limit := time.After(2 * patience)
-	for {
-		select {
-		case _, ok := <-s.lines:
-			if ok {
-				continue
-			}
-			if err := s.cmd.Wait(); err != nil {
-				s.t.Errorf("the first server: %v", err)
-			}
-			return
-		case <-limit:
-			s.t.Fatal("servers are left")
-		}
+	if state := s.End(); !state.Success() {
+		s.T.Errorf("the first server: %v", state)
 	}
 }
 

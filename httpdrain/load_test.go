@@ -114,7 +114,7 @@ func (l *load) failed(kinds ...string) (n int, spared []string) {
 // more returns when every kind of client that works has so many answers, or
 // failures, more.
 func (l *load) more(n int) {
-	l.s.t.Helper()
+	l.s.T.Helper()
 	goal := map[string]int{}
 	l.mu.Lock()
 	for _, kind := range working {
@@ -130,7 +130,7 @@ func (l *load) more(n int) {
 			return
 		}
 		if time.Now().After(limit) {
-			l.s.t.Fatalf("no answers for %v", goal)
+			l.s.T.Fatalf("no answers for %v", goal)
 		}
 		time.Sleep(time.Millisecond) // the counters are no event
 	}
@@ -138,7 +138,7 @@ func (l *load) more(n int) {
 
 // end stops the clients and the server.
 func (l *load) end() {
-	l.s.t.Helper()
+	l.s.T.Helper()
 	close(l.stop)
 	l.short.Wait()
 	l.s.stop()

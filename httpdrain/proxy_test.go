@@ -101,7 +101,7 @@ func TestHAProxy(t *testing.T) {
 				t.Error(err)
 			}
 			times := map[string]int{}
-			for _, line := range s.said {
+			for _, line := range s.Said() {
 				if _, once, ok := strings.Cut(line, "] once "); ok {
 					times[once]++
 				}

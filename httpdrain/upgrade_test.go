@@ -33,7 +33,7 @@ func TestUpgradesLoseNothing(t *testing.T) {
 		}
 	}
 	drained := 0
-	for _, line := range s.said {
+	for _, line := range s.Said() {
 		if strings.Contains(line, "] drained in ") && strings.HasSuffix(line, ": <nil>") {
 			drained++
 		}
@@ -42,7 +42,7 @@ func TestUpgradesLoseNothing(t *testing.T) {
 		}
 	}
 	if drained != upgrades+1 {
-		t.Errorf("%d servers have drained without an error; want %d; they said:\n%s", drained, upgrades+1, strings.Join(s.said, "\n"))
+		t.Errorf("%d servers have drained without an error; want %d; they said:\n%s", drained, upgrades+1, strings.Join(s.Said(), "\n"))
 	}
 }
 

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -18,10 +17,8 @@ import (
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
-
-// patience is how long a test waits for what must happen.
-const patience = 20 * time.Second
 
 // build returns the path of the real program.
 func build(t *testing.T) string {
@@ -33,12 +30,9 @@ func build(t *testing.T) string {
 	return path
 }
 
-// A daemon is an echod and its successors, which share its standard error.
+// A daemon is an echod and its successors.
 type daemon struct {
-	t       *testing.T
-	cmd     *exec.Cmd
-	lines   chan string // of the log; closed when every generation has ended
-	stderr  *os.File    // where they write it
+	*proctest.Program
 	unix    string
 	pidFile string
 	control string
@@ -48,168 +42,103 @@ type daemon struct {
 func start(t *testing.T, args ...string) *daemon {
 	t.Helper()
 	d := launch(t, args...)
-	d.stderr.Close()
+	d.CloseStderr()
 	return d
 }
 
-// launch is start for who has another process log to stderr, and closes it.
+// launch is start for a test that has another process log to Stderr, and closes
+// it.
 func launch(t *testing.T, args ...string) *daemon {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "echod") // short, for the socket's name
-	if err != nil {
+	dir := proctest.ShortDir(t)
+	d := &daemon{unix: filepath.Join(dir, "sock"), pidFile: filepath.Join(dir, "pid"), control: filepath.Join(dir, "control")}
+	if err := os.Mkdir(d.control, 0o700); err != nil {
 		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	d := &daemon{t: t, lines: make(chan string, 1000), unix: filepath.Join(dir, "sock"), pidFile: filepath.Join(dir, "pid")}
-	if d.control = filepath.Join(dir, "control"); os.Mkdir(d.control, 0o700) != nil {
-		t.Fatal("no directory for the control sockets")
 	}
 	args = append([]string{"-tcp", "127.0.0.1:0", "-unix", d.unix, "-pidfile", d.pidFile, "-control", d.control}, args...)
-	d.cmd = exec.Command(build(t), args...)
-	// A group of its own: whatever is left of it is ended with the test.
-	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	d.cmd.Stderr, d.stderr = w, w
-	if err := d.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		defer close(d.lines)
-		for s := bufio.NewScanner(r); s.Scan(); {
-			t.Log(s.Text())
-			d.lines <- s.Text()
-		}
-	}()
-	t.Cleanup(func() {
-		defer r.Close()
-		if d.cmd.ProcessState == nil {
-			defer d.cmd.Wait()
-		}
-		for {
-			select {
-			case _, ok := <-d.lines:
-				if !ok {
-					return
-				}
-			default: // one lives still, so the group's number is not free
-				_ = syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL)
-				for range d.lines {
-				}
-				return
-			}
-		}
-	})
-	t.Cleanup(func() { w.Close() })
-	d.tcp = d.await(`listening on tcp (\S+)`)[1]
+	d.Program = proctest.Open(t, exec.Command(build(t), args...))
+	d.tcp = d.Await(`listening on tcp (\S+)`)[1]
 	return d
-}
-
-// await returns the next line of the log that matches.
-func (d *daemon) await(pattern string) []string {
-	d.t.Helper()
-	re := regexp.MustCompile(pattern)
-	limit := time.After(patience)
-	for {
-		select {
-		case line, ok := <-d.lines:
-			if m := re.FindStringSubmatch(line); m != nil {
-				return m
-			}
-			if !ok {
-				d.t.Fatalf("all processes have ended without a line %q", pattern)
-			}
-		case <-limit:
-			d.t.Fatalf("no line %q", pattern)
-		}
-	}
 }
 
 // ready returns the process ID of the generation that becomes ready next.
 func (d *daemon) ready(generation int) int {
-	d.t.Helper()
-	m := d.await(`ready: pid=(\d+) generation=` + strconv.Itoa(generation) + `$`)
-	pid, err := strconv.Atoi(m[1])
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	return pid
+	d.T.Helper()
+	return d.Ready(generation).Pid
 }
 
 func (d *daemon) signal(pid int, s syscall.Signal) {
-	d.t.Helper()
+	d.T.Helper()
 	if err := syscall.Kill(pid, s); err != nil {
-		d.t.Fatal(err)
+		d.T.Fatal(err)
 	}
 }
 
 // stop tells pid to end.
 func (d *daemon) stop(pid int) {
-	d.t.Helper()
+	d.T.Helper()
 	d.waits(pid)
 	d.signal(pid, syscall.SIGTERM)
-	d.await(`stopping by signal terminated: pid=` + strconv.Itoa(pid))
+	d.Await(`stopping by signal terminated: pid=` + strconv.Itoa(pid))
 }
 
 // waits returns when signals to stop are caught: once Upgrader.Wait runs. An
 // upgrade that fails for want of a program shows that it does.
 func (d *daemon) waits(pid int) {
-	d.t.Helper()
-	if err := os.Remove(d.cmd.Path); err != nil {
-		d.t.Fatal(err)
+	d.T.Helper()
+	if err := os.Remove(d.Cmd.Path); err != nil {
+		d.T.Fatal(err)
 	}
 	d.signal(pid, syscall.SIGHUP)
-	d.await(`upgrade failed by signal hangup: .*failed at start: .*no such file`)
+	d.Await(`upgrade failed by signal hangup: .*failed at start: .*no such file`)
 	d.serves()
 	if named := d.pidFileNames(); named != pid {
-		d.t.Fatalf("after a failed upgrade the PID file names %d; want %d", named, pid)
+		d.T.Fatalf("after a failed upgrade the PID file names %d; want %d", named, pid)
 	}
 }
 
 // pidFileNames returns the process ID in the PID file.
 func (d *daemon) pidFileNames() int {
-	d.t.Helper()
+	d.T.Helper()
 	b, err := os.ReadFile(d.pidFile)
 	if err != nil {
-		d.t.Fatal(err)
+		d.T.Fatal(err)
 	}
 	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
 	if err != nil {
-		d.t.Fatal(err)
+		d.T.Fatal(err)
 	}
 	return pid
 }
 
 func (d *daemon) dial(network, address string) net.Conn {
-	d.t.Helper()
-	c, err := net.DialTimeout(network, address, patience)
+	d.T.Helper()
+	c, err := net.DialTimeout(network, address, proctest.Patience)
 	if err != nil {
-		d.t.Fatal(err)
+		d.T.Fatal(err)
 	}
-	d.t.Cleanup(func() { c.Close() })
-	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
-		d.t.Fatal(err)
+	d.T.Cleanup(func() { c.Close() })
+	if err := c.SetDeadline(time.Now().Add(proctest.Patience)); err != nil {
+		d.T.Fatal(err)
 	}
 	return c
 }
 
 // echo sends text and wants it back.
 func (d *daemon) echo(c net.Conn, text string) {
-	d.t.Helper()
+	d.T.Helper()
 	if _, err := io.WriteString(c, text); err != nil {
-		d.t.Fatal(err)
+		d.T.Fatal(err)
 	}
 	back := make([]byte, len(text))
 	if _, err := io.ReadFull(c, back); err != nil || string(back) != text {
-		d.t.Fatalf("sent %q, got %q back: %v", text, back, err)
+		d.T.Fatalf("sent %q, got %q back: %v", text, back, err)
 	}
 }
 
 // serves asserts that both addresses answer, byte by byte and in bulk.
 func (d *daemon) serves() {
-	d.t.Helper()
+	d.T.Helper()
 	for _, a := range [][2]string{{"tcp", d.tcp}, {"unix", d.unix}} {
 		c := d.dial(a[0], a[1])
 		d.echo(c, "no newline")
@@ -222,8 +151,8 @@ func TestUpgradeAndStop(t *testing.T) {
 	t.Parallel()
 	d := start(t)
 	first := d.ready(0)
-	if first != d.cmd.Process.Pid {
-		t.Fatalf("process %d is ready; %d was started", first, d.cmd.Process.Pid)
+	if first != d.Cmd.Process.Pid {
+		t.Fatalf("process %d is ready; %d was started", first, d.Cmd.Process.Pid)
 	}
 	d.serves()
 	held := []net.Conn{d.dial("tcp", d.tcp), d.dial("unix", d.unix)}
@@ -233,7 +162,7 @@ func TestUpgradeAndStop(t *testing.T) {
 
 	d.signal(first, syscall.SIGHUP)
 	second := d.ready(1)
-	d.await(`upgraded by signal hangup: pid=` + strconv.Itoa(second))
+	d.Await(`upgraded by signal hangup: pid=` + strconv.Itoa(second))
 	if second == first {
 		t.Fatal("the successor has the same process ID")
 	}
@@ -247,9 +176,9 @@ func TestUpgradeAndStop(t *testing.T) {
 		d.echo(c, "after\n")
 		c.Close()
 	}
-	d.await(`echod\[` + strconv.Itoa(first) + `\] all clients are served`)
-	if err := d.cmd.Wait(); err != nil {
-		t.Fatalf("the old process: %v", err)
+	d.Await(`echod\[` + strconv.Itoa(first) + `\] all clients are served`)
+	if state := d.Wait(); !state.Success() {
+		t.Fatalf("the old process: %v", state)
 	}
 	d.serves()
 
@@ -258,34 +187,33 @@ func TestUpgradeAndStop(t *testing.T) {
 	d.stop(second)
 	d.echo(last, "after the stop\n")
 	last.Close()
-	d.await(`echod\[` + strconv.Itoa(second) + `\] all clients are served`)
-	for range d.lines { // until it has ended
-	}
+	d.Await(`echod\[` + strconv.Itoa(second) + `\] all clients are served`)
+	d.End()
 	d.leavesNothing()
 }
 
 // leavesNothing asserts that nobody listens any more, and that all files are
 // gone.
 func (d *daemon) leavesNothing() {
-	d.t.Helper()
+	d.T.Helper()
 	d.refuses()
 	for _, path := range []string{d.pidFile, d.unix} {
 		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
-			d.t.Errorf("%s is left: %v", path, err)
+			d.T.Errorf("%s is left: %v", path, err)
 		}
 	}
 	if left, err := os.ReadDir(d.control); err != nil || len(left) > 0 {
-		d.t.Errorf("control sockets are left: %v, %v", left, err)
+		d.T.Errorf("control sockets are left: %v, %v", left, err)
 	}
 }
 
 // refuses asserts that nobody accepts.
 func (d *daemon) refuses() {
-	d.t.Helper()
+	d.T.Helper()
 	for _, a := range [][2]string{{"tcp", d.tcp}, {"unix", d.unix}} {
 		if c, err := net.Dial(a[0], a[1]); err == nil {
 			c.Close()
-			d.t.Errorf("somebody still listens on %s %s", a[0], a[1])
+			d.T.Errorf("somebody still listens on %s %s", a[0], a[1])
 		}
 	}
 }
@@ -293,11 +221,11 @@ func (d *daemon) refuses() {
 // ask runs echod as a client of the control sockets, which must exit with this
 // status, and returns what it prints.
 func (d *daemon) ask(flag string, status int) string {
-	d.t.Helper()
-	cmd := exec.Command(d.cmd.Path, "-control", d.control, flag)
+	d.T.Helper()
+	cmd := exec.Command(d.Cmd.Path, "-control", d.control, flag)
 	out, err := cmd.CombinedOutput()
 	if cmd.ProcessState == nil || cmd.ProcessState.ExitCode() != status {
-		d.t.Fatalf("echod %s: %v; want status %d; it prints\n%s", flag, err, status, out)
+		d.T.Fatalf("echod %s: %v; want status %d; it prints\n%s", flag, err, status, out)
 	}
 	return string(out)
 }
@@ -318,11 +246,11 @@ func TestUpgradeAndStopBySocket(t *testing.T) {
 	if got != line(second, 1) {
 		t.Fatalf("echod -upgrade prints %q; want %q", got, line(second, 1))
 	}
-	d.await(`upgraded by socket ` + d.control + `/upgrade: pid=` + strconv.Itoa(second))
+	d.Await(`upgraded by socket ` + d.control + `/upgrade: pid=` + strconv.Itoa(second))
 	d.serves()
 	d.echo(held, "after\n")
 	held.Close()
-	d.await(`echod\[` + strconv.Itoa(first) + `\] all clients are served`)
+	d.Await(`echod\[` + strconv.Itoa(first) + `\] all clients are served`)
 
 	held = d.dial("unix", d.unix)
 	d.echo(held, "before the stop\n")
@@ -333,7 +261,7 @@ func TestUpgradeAndStopBySocket(t *testing.T) {
 			t.Errorf("echod -stop prints %q; want %q", got, line(second, 1))
 		}
 	}()
-	d.await(`stopping by socket ` + d.control + `/stop: pid=` + strconv.Itoa(second))
+	d.Await(`stopping by socket ` + d.control + `/stop: pid=` + strconv.Itoa(second))
 	d.echo(held, "after the stop\n")
 	select {
 	case <-done:
@@ -343,8 +271,7 @@ func TestUpgradeAndStopBySocket(t *testing.T) {
 	held.Close()
 	<-done
 	d.refuses()
-	for range d.lines { // until all have ended
-	}
+	d.End()
 	d.leavesNothing()
 	if out := d.ask("-stop", 1); !strings.Contains(out, "no such file") {
 		t.Errorf("echod -stop with nobody there prints %q", out)
@@ -383,12 +310,11 @@ func TestPartialStop(t *testing.T) {
 			held := d.dial("tcp", d.tcp)
 			d.echo(held, "before\n")
 			c.act(d, pid)
-			d.await(`partial stop by ` + c.by + `: pid=` + strconv.Itoa(pid))
+			d.Await(`partial stop by ` + c.by + `: pid=` + strconv.Itoa(pid))
 			d.echo(held, "after\n")
 			held.Close()
-			d.await(`stopping: pid=` + strconv.Itoa(pid))
-			for range d.lines {
-			}
+			d.Await(`stopping: pid=` + strconv.Itoa(pid))
+			d.End()
 			d.leavesNothing()
 		})
 	}
@@ -400,15 +326,15 @@ func TestFailedUpgradeBySocket(t *testing.T) {
 	d := start(t)
 	pid := d.ready(0)
 	script := []byte("#!/bin/sh\necho not today >&2\nexit 7\n")
-	next := d.cmd.Path + ".new"
-	client := d.cmd.Path + ".client"
-	if err := os.Link(d.cmd.Path, client); err != nil {
+	next := d.Cmd.Path + ".new"
+	client := d.Cmd.Path + ".client"
+	if err := os.Link(d.Cmd.Path, client); err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(os.WriteFile(next, script, 0o755), os.Rename(next, d.cmd.Path)); err != nil {
+	if err := errors.Join(os.WriteFile(next, script, 0o755), os.Rename(next, d.Cmd.Path)); err != nil {
 		t.Fatal(err)
 	}
-	d.cmd.Path = client
+	d.Cmd.Path = client
 	if out := d.ask("-upgrade", 1); !regexp.MustCompile(`upgrade failed at init: successor \d+ \(exit status 7\): it ended`).MatchString(out) {
 		t.Errorf("echod -upgrade prints %q", out)
 	}
@@ -424,13 +350,13 @@ func TestTakeover(t *testing.T) {
 	t.Parallel()
 	d := launch(t, "-probation", "1m")
 	first := d.ready(0)
-	second := exec.Command(d.cmd.Path, "-tcp", d.tcp, "-unix", d.unix, "-pidfile", d.pidFile, "-control", d.control, "-drain", "1s")
-	second.Stderr = d.stderr
+	second := exec.Command(d.Cmd.Path, "-tcp", d.tcp, "-unix", d.unix, "-pidfile", d.pidFile, "-control", d.control, "-drain", "1s")
+	second.Stderr = d.Stderr()
 	second.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pgid: first}
 	if err := second.Start(); err != nil {
 		t.Fatal(err)
 	}
-	d.stderr.Close()
+	d.CloseStderr()
 	if pid := d.ready(1); pid != second.Process.Pid {
 		t.Fatalf("process %d is ready; want %d", pid, second.Process.Pid)
 	}
@@ -442,8 +368,8 @@ func TestTakeover(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = second.Wait()
-	d.await(`resumed by socket ` + d.control + `/takeover: pid=` + strconv.Itoa(first))
-	d.await(`failed at probation`)
+	d.Await(`resumed by socket ` + d.control + `/takeover: pid=` + strconv.Itoa(first))
+	d.Await(`failed at probation`)
 	d.serves()
 	if named := d.pidFileNames(); named != first {
 		t.Fatalf("the PID file names %d; want %d", named, first)
@@ -451,8 +377,7 @@ func TestTakeover(t *testing.T) {
 	if got := d.ask("-stop", 0); got != line(first, 0) {
 		t.Errorf("echod -stop prints %q; want %q", got, line(first, 0))
 	}
-	for range d.lines {
-	}
+	d.End()
 	d.leavesNothing()
 }
 
@@ -477,13 +402,12 @@ func TestDrainIsBounded(t *testing.T) {
 	if passed := time.Since(began); passed < bound {
 		t.Fatalf("an idle client was closed after %v; want %v or more", passed, bound)
 	}
-	if err := d.cmd.Wait(); err != nil { // although one is stuck
-		t.Fatalf("the old process: %v", err)
+	if state := d.Wait(); !state.Success() { // although one is stuck
+		t.Fatalf("the old process: %v", state)
 	}
 	d.serves()
 	d.stop(second)
-	for range d.lines {
-	}
+	d.End()
 }
 
 type zeros struct{}
@@ -495,8 +419,8 @@ func TestStop(t *testing.T) {
 	t.Parallel()
 	d := start(t)
 	d.stop(d.ready(0))
-	if err := d.cmd.Wait(); err != nil {
-		t.Fatalf("exit after SIGTERM: %v", err)
+	if state := d.Wait(); !state.Success() {
+		t.Fatalf("exit after SIGTERM: %v", state)
 	}
 }
 

@@ -16,17 +16,15 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
-)
 
-// patience is how long a test waits for what must happen.
-const patience = 20 * time.Second
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
+)
 
 // build returns the path of the real program.
 func build(t *testing.T) string {
@@ -38,11 +36,9 @@ func build(t *testing.T) string {
 	return path
 }
 
-// A daemon is an httpd and its successors, which share its standard error.
+// A daemon is an httpd and its successors.
 type daemon struct {
-	t       *testing.T
-	cmd     *exec.Cmd
-	lines   chan string // of the log; closed when every generation has ended
+	*proctest.Program
 	pidFile string
 	control string // where the control sockets are
 	url     string
@@ -50,97 +46,30 @@ type daemon struct {
 
 func start(t *testing.T, scheme string, args ...string) *daemon {
 	t.Helper()
-	control, err := os.MkdirTemp("", "httpd") // t.TempDir may be too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(control) })
-	d := &daemon{t: t, lines: make(chan string, 1000), pidFile: filepath.Join(t.TempDir(), "pid"), control: control}
-	d.cmd = exec.Command(build(t), append([]string{"-addr", "127.0.0.1:0", "-pidfile", d.pidFile, "-control", control}, args...)...)
-	// A group of its own: whatever is left of it is ended with the test.
-	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	d.cmd.Stderr = w
-	if err := d.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	w.Close()
-	go func() {
-		defer close(d.lines)
-		defer r.Close()
-		for s := bufio.NewScanner(r); s.Scan(); {
-			d.lines <- s.Text()
-		}
-	}()
-	t.Cleanup(func() {
-		if d.cmd.ProcessState == nil {
-			defer d.cmd.Wait()
-		}
-		for {
-			select {
-			case _, ok := <-d.lines:
-				if !ok {
-					return
-				}
-			default: // one lives still, so the group's number is not free
-				_ = syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL)
-				for range d.lines {
-				}
-				return
-			}
-		}
-	})
-	d.url = scheme + "://" + d.await(`listening on (\S+)`)
+	d := &daemon{pidFile: filepath.Join(t.TempDir(), "pid"), control: proctest.ShortDir(t)}
+	d.Program = proctest.Run(t, exec.Command(build(t), append([]string{"-addr", "127.0.0.1:0", "-pidfile", d.pidFile, "-control", d.control}, args...)...))
+	d.url = scheme + "://" + d.Await(`listening on (\S+)`)[1]
 	return d
-}
-
-// await returns what the next line of the log that matches has in its
-// parentheses.
-func (d *daemon) await(pattern string) string {
-	d.t.Helper()
-	re := regexp.MustCompile(pattern)
-	limit := time.After(patience)
-	seen := ""
-	for {
-		select {
-		case line, ok := <-d.lines:
-			if m := re.FindStringSubmatch(line); m != nil {
-				return m[1]
-			}
-			if seen += "\n" + line; !ok {
-				d.t.Fatalf("all processes have ended without a line %q:%s", pattern, seen)
-			}
-		case <-limit:
-			d.t.Fatalf("no line %q:%s", pattern, seen)
-		}
-	}
 }
 
 // ready returns the process ID of the generation that becomes ready next.
 func (d *daemon) ready(generation int) int {
-	d.t.Helper()
-	pid, err := strconv.Atoi(d.await(`ready: pid=(\d+) generation=` + strconv.Itoa(generation) + `$`))
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	return pid
+	d.T.Helper()
+	return d.Ready(generation).Pid
 }
 
 func (d *daemon) signal(pid int, s syscall.Signal) {
-	d.t.Helper()
+	d.T.Helper()
 	if err := syscall.Kill(pid, s); err != nil {
-		d.t.Fatal(err)
+		d.T.Fatal(err)
 	}
 }
 
 // request asks at a control socket, as an operator does, and returns what is
 // printed and, unless it is 0, the exit status.
 func (d *daemon) request(name string) string {
-	d.t.Helper()
-	out, err := exec.Command(d.cmd.Path, "-request", filepath.Join(d.control, name)).CombinedOutput()
+	d.T.Helper()
+	out, err := exec.Command(d.Cmd.Path, "-request", filepath.Join(d.control, name)).CombinedOutput()
 	if err != nil {
 		out = append(out, err.Error()...)
 	}
@@ -154,35 +83,34 @@ func answer(pid, generation int) string {
 
 // ended returns when the process says that it has drained.
 func (d *daemon) ended(pid int) {
-	d.t.Helper()
-	d.await(`httpd\[` + strconv.Itoa(pid) + `\] (all clients are served)`)
+	d.T.Helper()
+	d.Await(`httpd\[` + strconv.Itoa(pid) + `\] (all clients are served)`)
 }
 
 // stop tells pid to end, and waits until all have. A signal to stop is caught
 // once Upgrader.Wait runs; an upgrade that fails for want of a program shows
 // that it does.
 func (d *daemon) stop(pid int) {
-	d.t.Helper()
-	if err := os.Remove(d.cmd.Path); err != nil {
-		d.t.Fatal(err)
+	d.T.Helper()
+	if err := os.Remove(d.Cmd.Path); err != nil {
+		d.T.Fatal(err)
 	}
 	d.signal(pid, syscall.SIGHUP)
-	d.await(`(upgrade failed) by signal hangup: .*failed at start: .*no such file`)
+	d.Await(`(upgrade failed) by signal hangup: .*failed at start: .*no such file`)
 	d.signal(pid, syscall.SIGTERM)
-	d.await(`(stopping) by signal terminated: pid=` + strconv.Itoa(pid))
+	d.Await(`(stopping) by signal terminated: pid=` + strconv.Itoa(pid))
 	d.leavesNothing(pid)
 }
 
 // leavesNothing asserts that the last process, which is pid, drains and ends,
 // and that no file is left.
 func (d *daemon) leavesNothing(pid int) {
-	d.t.Helper()
+	d.T.Helper()
 	d.ended(pid)
-	for range d.lines {
-	}
+	d.End()
 	for _, path := range []string{d.pidFile, filepath.Join(d.control, "upgrade"), filepath.Join(d.control, "stop")} {
 		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
-			d.t.Errorf("%s is left: %v", path, err)
+			d.T.Errorf("%s is left: %v", path, err)
 		}
 	}
 }
@@ -191,7 +119,7 @@ func (d *daemon) leavesNothing(pid int) {
 func client(t *testing.T) *http.Client {
 	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true}
 	t.Cleanup(transport.CloseIdleConnections)
-	return &http.Client{Transport: transport, Timeout: patience}
+	return &http.Client{Transport: transport, Timeout: proctest.Patience}
 }
 
 func ask(c *http.Client, url string) (string, error) {
@@ -209,10 +137,10 @@ func ask(c *http.Client, url string) (string, error) {
 
 // wants asks for the front page and wants it from this process.
 func (d *daemon) wants(c *http.Client, pid, generation int) {
-	d.t.Helper()
+	d.T.Helper()
 	got, err := ask(c, d.url)
 	if want := fmt.Sprintf("pid=%d generation=%d\n", pid, generation); err != nil || got != want {
-		d.t.Fatalf("got %q, %v; want %q", got, err, want)
+		d.T.Fatalf("got %q, %v; want %q", got, err, want)
 	}
 }
 
@@ -304,8 +232,8 @@ func TestUpgradeAndStop(t *testing.T) {
 					t.Errorf("httpd -request with nobody there prints %q", out)
 				}
 			}
-			if err := d.cmd.Wait(); err != nil {
-				t.Errorf("the first process: %v", err)
+			if state := d.Wait(); !state.Success() {
+				t.Errorf("the first process: %v", state)
 			}
 			if _, err := ask(client(t), d.url); err == nil {
 				t.Error("somebody still listens")
@@ -349,7 +277,7 @@ func TestDrainIsBounded(t *testing.T) {
 	d.wants(kept, first, 0)
 	d.signal(first, syscall.SIGHUP)
 	second := d.ready(1)
-	d.await(`httpd\[` + strconv.Itoa(first) + `\] (httpdrain: context deadline exceeded; left: 0 new, 0 active and 1 idle)`)
+	d.Await(`httpd\[` + strconv.Itoa(first) + `\] (httpdrain: context deadline exceeded; left: 0 new, 0 active and 1 idle)`)
 	d.wants(kept, second, 1)
 }
 
