@@ -10,7 +10,7 @@ import (
 	"github.com/ecdysis-go/ecdysis/keeper"
 )
 
-// The program's first process stays; its generations come and go.
+// The program's first process stays while its generations change.
 func ExampleStay() {
 	pidFile := flag.String("pidfile", "/run/daemon.pid", "`path` of the PID file")
 	flag.Parse()

@@ -1,68 +1,75 @@
-// Package keeper stays where a daemon has to have one process for all of its
-// life: as PID 1 of a container, as the foreground process of a terminal, or as
-// the child of a supervisor that knows no other process than the one it has
-// started. An upgrade changes the process that serves; the keeper stays, and
-// passes on what is meant for it.
+// Package keeper gives a daemon one process that stays for the daemon's whole
+// life. PID 1 of a container must be such a process, and so must the foreground
+// process of a terminal, and the child of a supervisor that watches only the
+// process it has started. An upgrade replaces the process that serves. The
+// keeper stays, and forwards signals to the process that serves.
 //
-// It is for Linux. Under systemd it is not needed. Under an init process, as
-// with docker run --init, it is: that ends with its first child, and the
-// container with it.
+// The package is for Linux. Under systemd it is not needed. Under an init
+// process, as with docker run --init, it is needed, because the init process
+// ends with its first child, and the container ends with the init process.
 package keeper
 
 import "fmt"
 
-// Stay is called first thing in main, after nothing but the parsing of flags.
-// The first process of a daemon becomes its keeper there: it starts the program
-// again, with the same arguments, as its child, and Stay returns nil in that
-// child and in every generation after it. In the keeper it does not return,
-// unless there is an error.
+// Stay makes the first process of a daemon its keeper. Call it at the start of
+// main, when the flags are parsed and before anything else. The keeper starts
+// the program again as its child, with the same arguments. Stay returns nil in
+// that child and in every later generation. In the keeper it returns only if
+// there is an error.
 //
-// pidFile is the path that every generation has in ecdysis.Options.PIDFile, in
-// a directory that exists. It tells the keeper which process serves; what is
-// in the file before the first generation has written it counts for nothing. It
-// is read as soon as it is replaced: a generation that is itself replaced, or
-// stopped, before the keeper has come to that is not known to it.
+// pidFile is the path that every generation sets in ecdysis.Options.PIDFile. Its
+// directory must exist. The file tells the keeper which process serves. A file
+// that is left from an earlier run is ignored until the first generation
+// replaces it. The keeper reads the file after each replacement. It does not
+// learn of a generation that is replaced or stopped before the keeper has read
+// the file.
 //
-// Every generation is to be a child of the keeper: set ecdysis.Command.Sibling
-// in Options.Prepare. Without it a generation is the child of the one before,
-// and the keeper learns of its end, and gets its status, only if that has ended
-// first.
+// Every generation should be a child of the keeper, so set
+// ecdysis.Command.Sibling in Options.Prepare. Without it a generation is a child
+// of its predecessor. The keeper then learns of its end and of its status only
+// if the predecessor has ended first.
 //
 // The keeper
 //
-//   - forwards signals to the generation that serves, and to nobody else. If
-//     that one has ended while older ones still serve their clients, they go to
-//     the youngest of those. Not forwarded are SIGCHLD, SIGIO, SIGPIPE, SIGTTIN,
-//     SIGTTOU, SIGURG and what cannot be caught.
-//   - holds signals back until the first generation is ready, because that may
-//     not catch them yet. SIGTERM, SIGINT and SIGQUIT are forwarded at once.
-//   - stops all generations with itself on a terminal's Ctrl-Z (SIGTSTP), and
-//     continues them when it is continued. They are a process group of their
-//     own, so that a Ctrl-C comes once, to the one that serves; they must not
-//     leave it, and must not read from the terminal.
+//   - forwards signals to the generation that serves, and to no other process.
+//     If the serving generation has ended and older generations still serve
+//     their clients, signals go to the youngest of these. SIGCHLD, SIGIO,
+//     SIGPIPE, SIGTTIN, SIGTTOU, SIGURG and signals that cannot be caught are
+//     not forwarded.
+//   - holds signals back until the first generation is ready, because that
+//     generation may not catch them yet. SIGTERM, SIGINT and SIGQUIT are
+//     forwarded at once.
+//   - stops itself and all generations on a terminal's Ctrl-Z (SIGTSTP), and
+//     continues the generations when it is continued. They are a process group
+//     of their own, so that only the serving generation gets a Ctrl-C, and gets
+//     it once. They must not leave this group, and must not read from the
+//     terminal.
 //   - adopts and reaps every process that the generations leave behind
 //     (PR_SET_CHILD_SUBREAPER(2const)).
-//   - exits when no generation is left, as the youngest one has ended: with its
-//     status, or by the signal that has killed it. PID 1, whom no signal of its
-//     own kills, exits with 128 and the signal's number, as shells do. What
-//     else the generations have started does not keep it.
-//   - replaces its own program, and keeps its process ID, once a generation that
-//     runs a new one is alone (execve(2)). No signal is lost by that. So every
-//     later version has to call Stay, and to accept the arguments of the first.
-//     It needs /proc for that, and the rights to see there what the generation
-//     runs.
+//   - exits when no generation is left, with the status of the youngest
+//     generation. If a signal has killed that generation, the keeper ends by the
+//     same signal. As PID 1, which its own signals do not kill, it exits with 128
+//     plus the signal's number, as shells do. Other processes that the
+//     generations have started do not keep it running.
+//   - replaces its own program by execve(2), and keeps its process ID, when the
+//     only generation left runs a new program. No signal is lost by that. So
+//     every later version must call Stay, and must accept the arguments of the
+//     first version. The keeper needs /proc for this, and permission to see
+//     there what the generation runs.
 //
-// The keeper has the standard descriptors, one of the PID file's directory, a
-// signalfd(2), and nothing of the service; descriptors that it was started with
-// are the child's alone. A filter (seccomp(2)) keeps all signals blocked in it,
-// and it has no new privileges (PR_SET_NO_NEW_PRIVS(2const)); the generations
-// have neither. SIGKILL ends the keeper without a word: the generations then go
-// on, unless it was PID 1.
+// The keeper has the standard descriptors, a descriptor of the PID file's
+// directory and a signalfd(2). It has nothing of the service. Descriptors that
+// it was started with are handed to the child alone. A filter (seccomp(2)) keeps
+// all signals blocked in the keeper, and it cannot get new privileges
+// (PR_SET_NO_NEW_PRIVS(2const)). The generations are not restricted in either
+// way. If SIGKILL ends the keeper, the generations go on, unless the keeper was
+// PID 1.
 //
-// The error wraps the system's, if the program (os.Args[0], looked up in $PATH
-// if it has no slash) cannot be started, the directory of the PID file not be
-// opened, or the kernel has no filters; then nothing is left running. On other
-// systems than Linux it wraps errors.ErrUnsupported.
+// The program is os.Args[0], looked up in $PATH if it has no slash. The error
+// wraps the system's error if the program cannot be started, if the directory of
+// the PID file cannot be opened, or if the kernel has no filters. No process is
+// left running then. On systems other than Linux the error wraps
+// errors.ErrUnsupported.
 func Stay(pidFile string) error {
 	if err := stay(pidFile); err != nil {
 		return fmt.Errorf("keeper: %w", err)

@@ -19,38 +19,40 @@ import (
 )
 
 const (
-	keeperVar  = "ECDYSIS_KEEPER" // by which a keeper's program and its child know what they are
+	keeperVar  = "ECDYSIS_KEEPER" // tells a keeper's next program, and its child, which of the two it is
 	childRole  = "child gate=%d"
 	keeperRole = "keeper group=%d youngest=%d dir=%d signals=%d gate=%d"
 )
 
-// Signals are forwarded, but for those in own and unused. Until the first
-// generation is ready only those in ending are: a SIGHUP that it does not catch
-// yet would end it, and the keeper with it.
+// Signals are forwarded, except those in own and unused. Until the first
+// generation is ready, only those in ending are forwarded. A SIGHUP would end a
+// generation that does not catch it yet, and the keeper would end with it.
 var (
 	ending = []unix.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGQUIT}
 	own    = []unix.Signal{unix.SIGCHLD, unix.SIGIO, unix.SIGTSTP} // the keeper itself acts on them
-	// Those of a terminal for a process in its background, those that Go and
-	// libc use themselves, and those that cannot be caught.
+	// A terminal sends SIGTTIN and SIGTTOU to processes in its background. Go
+	// and libc use SIGPIPE, SIGURG, 32 and 33 themselves. The last two cannot be
+	// caught.
 	unused = []unix.Signal{unix.SIGPIPE, unix.SIGURG, unix.SIGTTIN, unix.SIGTTOU, 32, 33, unix.SIGKILL, unix.SIGSTOP}
 )
 
-// A keeper is the process that stays. It waits for signals alone: a child's end
-// and a change of the PID file are signals, too. All of them are blocked, from
-// the first instruction of its program on, and read from a signalfd(2). So none
-// is lost when it executes its next program: they wait in the system.
+// A keeper is the process that stays. It waits for nothing but signals, because
+// a child's end and a change of the PID file also arrive as signals. All signals
+// are blocked from the first instruction of its program on, and are read from a
+// signalfd(2). While it executes its next program they wait in the system, so
+// that none is lost.
 type keeper struct {
 	pidFile string
-	dir     int // the directory of pidFile, which signals changes
+	dir     int // the directory of pidFile; each rename in it raises SIGIO
 	signals int // the signalfd
-	gate    int // a byte into it lets the first generation go; -1: it has gone
+	gate    int // a byte written to it starts the first generation; -1 after that
 
-	ready       bool             // the first generation has been ready
+	ready       bool             // the first generation has become ready
 	seen        os.FileInfo      // of the PID file that was read last
 	group       int              // the process group of all generations
-	generations []int            // those that live; the youngest is the last one
-	youngest    int              // named by the PID file last; it may have ended
-	status      *unix.WaitStatus // how; nil: it has not, as far as is known
+	generations []int            // the PIDs of those that are alive, the youngest last
+	youngest    int              // the PID that the file named last; it may have ended
+	status      *unix.WaitStatus // of youngest; nil if its end was not seen
 }
 
 func stay(pidFile string) error {
@@ -73,8 +75,8 @@ func stay(pidFile string) error {
 	return k.start()
 }
 
-// start begins the first generation, and becomes the keeper by executing the
-// program again. All that can fail is done here.
+// start starts the first generation, and executes the program again, which
+// makes this process the keeper. Every step that can fail is done here.
 func (k *keeper) start() (err error) {
 	program, err := exec.LookPath(os.Args[0])
 	if err != nil {
@@ -92,17 +94,18 @@ func (k *keeper) start() (err error) {
 		return os.NewSyscallError("signalfd", err)
 	}
 	defer unix.Close(k.signals)
-	// Signals that have to wait are caught until this process blocks them,
-	// because they would end it.
+	// Signals that have to wait are caught until this process blocks them.
+	// Otherwise they would end it. A signal that is ignored, for example by
+	// nohup(1), stays ignored, because the child inherits that.
 	early := make(chan os.Signal, 64)
 	for s := unix.Signal(1); s <= 64; s++ {
-		if !slices.Contains(slices.Concat(ending, own, unused), s) && !signal.Ignored(s) { // as by nohup(1), which the child inherits
+		if !slices.Contains(slices.Concat(ending, own, unused), s) && !signal.Ignored(s) {
 			signal.Notify(early, s)
 		}
 	}
 	defer signal.Stop(early)
-	// The child waits at a gate until the keeper runs. If this process is
-	// killed before, it ends, too.
+	// The child waits at the gate, a pipe, until the keeper runs. If this process
+	// is killed before that, the child ends, too.
 	var gate [2]int
 	if err := unix.Pipe2(gate[:], unix.O_CLOEXEC); err != nil {
 		return os.NewSyscallError("pipe2", err)
@@ -121,14 +124,15 @@ func (k *keeper) start() (err error) {
 		return &os.PathError{Op: "fork/exec", Path: program, Err: err}
 	}
 	k.group = k.youngest
-	// What is not close-on-exec was there at the start, and the child has it.
+	// A descriptor that is not close-on-exec was there at the start. The child
+	// has a copy, so the keeper's next program does not need it.
 	list, _ := os.ReadDir("/proc/self/fd")
 	for _, e := range list {
 		if fd, _ := strconv.Atoi(e.Name()); fd > 2 {
 			_, _ = unix.FcntlInt(uintptr(fd), unix.F_SETFD, unix.FD_CLOEXEC)
 		}
 	}
-	if err = hold(); err == nil {
+	if err = blockSignals(); err == nil {
 		raiseAgain(early)
 		err = k.execute(program)
 	}
@@ -137,11 +141,12 @@ func (k *keeper) start() (err error) {
 	return err
 }
 
-// hold blocks all signals in this thread, for every program that it executes.
-// The Go runtime unblocks some of them when a program starts, before anything
-// could catch them: so a filter (seccomp(2)) makes rt_sigprocmask(2) do nothing.
-func hold() error {
-	runtime.LockOSThread() // for good: it is no thread for a program any more
+// blockSignals blocks all signals in this thread and in every program that the
+// thread executes. The Go runtime unblocks some of them when a program starts,
+// before the program can catch them. So a filter (seccomp(2)) makes
+// rt_sigprocmask(2) do nothing.
+func blockSignals() error {
+	runtime.LockOSThread() // for good, because no other code may run on this thread any more
 	var old unix.Sigset_t
 	_ = unix.PthreadSigmask(unix.SIG_SETMASK, allBut(), &old)
 	filter := []unix.SockFilter{
@@ -151,7 +156,7 @@ func hold() error {
 		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
 	}
 	p := &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) // or it would take privileges
+	err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) // without it, only a privileged process may set a filter
 	if err == nil {
 		err = unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(p)), 0, 0)
 	}
@@ -161,18 +166,19 @@ func hold() error {
 	return os.NewSyscallError("seccomp", err)
 }
 
-// raiseAgain makes the signals that were caught pending in this thread, which
-// blocks them, so that the next program has them.
+// raiseAgain sends the signals that were caught to this thread again. The thread
+// blocks them, so that they are pending when the next program starts.
 func raiseAgain(caught chan os.Signal) {
 	none := make(chan os.Signal, 1)
 	signal.Notify(none, unix.SIGWINCH)
-	signal.Stop(none) // returns when all that has come is in its channel
+	signal.Stop(none) // returns when every signal that has arrived is in its channel
 	for len(caught) > 0 {
 		_ = unix.Tgkill(unix.Getpid(), unix.Gettid(), (<-caught).(unix.Signal))
 	}
 }
 
-// execute makes this process run the program, as the keeper that it is.
+// execute replaces this process's program. The new program goes on as the
+// keeper.
 func (k *keeper) execute(program string) error {
 	role := fmt.Sprintf(keeperRole, k.group, k.youngest, k.dir, k.signals, k.gate)
 	fds := []int{k.dir, k.signals, k.gate}
@@ -183,7 +189,7 @@ func (k *keeper) execute(program string) error {
 	return &os.PathError{Op: "exec", Path: program, Err: err}
 }
 
-// only is the set of the signals in the lists.
+// only returns the set of the signals in the lists.
 func only(lists ...[]unix.Signal) *unix.Sigset_t {
 	set := &unix.Sigset_t{}
 	bits := uint(unsafe.Sizeof(set.Val[0])) * 8
@@ -193,7 +199,7 @@ func only(lists ...[]unix.Signal) *unix.Sigset_t {
 	return set
 }
 
-// allBut is the set of all signals but those in the lists.
+// allBut returns the set of all signals except those in the lists.
 func allBut(lists ...[]unix.Signal) *unix.Sigset_t {
 	set := only(lists...)
 	for i := range set.Val {
@@ -202,73 +208,74 @@ func allBut(lists ...[]unix.Signal) *unix.Sigset_t {
 	return set
 }
 
-// run keeps the generations, until none is left.
+// run is the keeper's work until no generation is left.
 func (k *keeper) run() error {
-	runtime.LockOSThread() // the thread that raises signals, and executes
+	runtime.LockOSThread() // signals are raised, and programs executed, on this thread
 	if k.ready = k.gate < 0; !k.ready {
-		k.named() // whatever is there now is of an earlier life
+		k.named() // a PID file that is there now is left from an earlier run
 		_, _ = unix.Write(k.gate, []byte{0})
 		unix.Close(k.gate)
 		k.gate = -1
 	}
 	k.generations = []int{k.youngest}
 	for {
-		k.look(0)
+		k.updateGenerations(0)
 		k.reap()
 		switch {
 		case len(k.generations) > 0:
 		case k.status == nil:
-			return fmt.Errorf("no generation is left, and the end of %d was not seen: another has reaped it, or it has left the process group %d", k.youngest, k.group)
+			return fmt.Errorf("no generation is left, and the end of process %d was not seen: another process has reaped it, or it has left the process group %d", k.youngest, k.group)
 		case k.status.Signaled():
-			_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) // the core that counts is there
+			_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) // the generation's core is the useful one
 			raise(k.status.Signal())
-			os.Exit(128 + int(k.status.Signal())) // PID 1
+			os.Exit(128 + int(k.status.Signal())) // reached only by PID 1
 		default:
 			os.Exit(k.status.ExitStatus())
 		}
 		k.renew()
 		var info unix.SignalfdSiginfo
 		if n, _ := unix.Read(k.signals, (*[unsafe.Sizeof(info)]byte)(unsafe.Pointer(&info))[:]); n > 0 {
-			k.look(0)
+			k.updateGenerations(0)
 			k.forward(unix.Signal(info.Signo))
 		}
 	}
 }
 
-// look finds out which generations there are. ended is a child that was just
-// reaped, and may be one; 0: none.
-func (k *keeper) look(ended int) {
-	// A signal at the next rename in the directory (fcntl(2), dnotify): unlike
-	// inotify(7), it is not limited in number for all containers of a user.
+// updateGenerations finds out which generations there are. ended is the PID of a
+// child that was just reaped and may have been a generation, or 0.
+func (k *keeper) updateGenerations(ended int) {
+	// The next rename in the directory raises SIGIO (fcntl(2), F_NOTIFY). Unlike
+	// inotify(7), this has no limit that all containers of a user share.
 	_, _ = unix.FcntlInt(uintptr(k.dir), unix.F_NOTIFY, 0x10) // DN_RENAME
 	lives := func(pid int) bool {
-		group, err := unix.Getpgid(pid) // also of one that is not reaped yet
+		group, err := unix.Getpgid(pid) // succeeds until the process is reaped
 		return pid == ended || err == nil && group == k.group
 	}
 	k.generations = slices.DeleteFunc(k.generations, func(pid int) bool { return !lives(pid) })
 	if pid := k.named(); pid > 0 && lives(pid) {
 		k.generations = append(slices.DeleteFunc(k.generations, func(p int) bool { return p == pid }), pid)
 		k.youngest, k.status = pid, nil
-		if !k.ready { // what has waited comes now
+		if !k.ready { // from here on the signals that have waited can be read
 			k.ready = true
 			_, _ = unix.Signalfd(k.signals, allBut(unused), 0)
 		}
 	}
 }
 
-// named returns the process that the PID file names; 0: there is no new one.
+// named returns the PID in the PID file, or 0 if the file has not changed since
+// the last call.
 func (k *keeper) named() int {
 	fi, err := os.Stat(k.pidFile)
 	if err != nil || os.SameFile(fi, k.seen) && fi.ModTime().Equal(k.seen.ModTime()) {
 		return 0
 	}
-	k.seen = fi // if it is replaced before the next line, that makes another signal
+	k.seen = fi // a replacement before the next line raises another signal
 	b, _ := os.ReadFile(k.pidFile)
 	pid, _ := strconv.Atoi(strings.TrimSpace(string(b)))
 	return pid
 }
 
-// reap takes every child that has ended.
+// reap reaps every child that has ended.
 func (k *keeper) reap() {
 	for {
 		var status unix.WaitStatus
@@ -276,7 +283,7 @@ func (k *keeper) reap() {
 		if pid <= 0 {
 			return
 		}
-		k.look(pid)
+		k.updateGenerations(pid)
 		if pid == k.youngest {
 			k.status = &status
 		}
@@ -287,17 +294,17 @@ func (k *keeper) reap() {
 func (k *keeper) forward(s unix.Signal) {
 	switch n := len(k.generations); {
 	case s == unix.SIGCHLD || s == unix.SIGIO: // for the keeper itself
-	case s == unix.SIGTSTP: // the whole job stops, and goes on when this process does
+	case s == unix.SIGTSTP: // all generations stop, and go on when this process does
 		_ = unix.Kill(-k.group, s)
 		raise(s)
 		_ = unix.Kill(-k.group, unix.SIGCONT)
 	case n > 0:
-		_ = unix.Kill(k.generations[n-1], s) // fails only if it has just ended
+		_ = unix.Kill(k.generations[n-1], s) // fails only if the process has just ended
 	}
 }
 
-// renew makes this process run the program that the only generation runs, if
-// that is a new one.
+// renew replaces this process's program if only one generation is left and that
+// generation runs a new program.
 func (k *keeper) renew() {
 	if !k.ready || len(k.generations) != 1 || k.status != nil {
 		return
@@ -307,16 +314,16 @@ func (k *keeper) renew() {
 	mine, _ := os.Stat("/proc/self/exe")
 	runs, _ := os.Stat(fmt.Sprintf("/proc/%d/exe", k.youngest))
 	if mine != nil && !os.SameFile(file, mine) && os.SameFile(file, runs) {
-		_ = k.execute(program) // if it fails, this program goes on
+		_ = k.execute(program) // if this fails, the present program goes on
 	}
 }
 
-// raise does to this process what s does to one that does not catch it.
+// raise sends s to this process, with the default action of s in effect.
 func raise(s unix.Signal) {
-	var dfl [8]uint64                       // a struct sigaction, and more, of SIG_DFL
-	for _, size := range []uintptr{8, 16} { // of a signal set: 16 on mips
+	var dfl [8]uint64                       // SIG_DFL, in at least the size of a struct sigaction
+	for _, size := range []uintptr{8, 16} { // of a signal set, which has 16 bytes on mips
 		_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(s), uintptr(unsafe.Pointer(&dfl)), 0, size, 0, 0)
 	}
 	_ = unix.Tgkill(unix.Getpid(), unix.Gettid(), s)
-	_, _ = unix.Pselect(0, nil, nil, nil, &unix.Timespec{}, allBut([]unix.Signal{s})) // which unblocks it
+	_, _ = unix.Pselect(0, nil, nil, nil, &unix.Timespec{}, allBut([]unix.Signal{s})) // unblocks s for the call
 }

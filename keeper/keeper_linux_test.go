@@ -23,9 +23,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The tests run the test binary again, as a daemon that calls Stay: its log
-// tells what happens, and SIGUSR2 makes the generation that gets it do what
-// the file "do" in its directory says.
+// The tests run the test binary again, as a daemon that calls Stay. Its log
+// tells what happens. A generation that gets SIGUSR2 does what the file "do" in
+// its directory says.
 
 const (
 	dirVar     = "KEEPER_TEST_DIR"
@@ -65,7 +65,7 @@ func fatal(err error) {
 }
 
 func serve(dir string) {
-	if os.Getenv("GOTRACEBACK") == "crash" { // a core would be allowed
+	if os.Getenv("GOTRACEBACK") == "crash" { // allow a core as well
 		var core unix.Rlimit
 		_ = unix.Getrlimit(unix.RLIMIT_CORE, &core)
 		core.Cur = core.Max
@@ -130,7 +130,7 @@ func serve(dir string) {
 	}
 	say("serving %s in group %d env %q", ln.Addr(), unix.Getpgrp(), os.Getenv("ECDYSIS_KEEPER"))
 	u.Wait()
-	for { // drain: until the test says so
+	for { // drain until the test removes the file
 		if _, err := os.Stat(filepath.Join(dir, "hold")); err != nil {
 			break
 		}
@@ -151,7 +151,7 @@ func act(dir string, say func(string, ...any)) {
 		signal.Reset()
 		_ = unix.Kill(os.Getpid(), syscall.Signal(n))
 		select {}
-	case "orphan": // a shell that leaves a process to nobody, which ends
+	case "orphan": // a shell leaves a process without a parent, and that process ends
 		out, err := exec.Command("/bin/sh", "-c", "sleep 0.05 >/dev/null 2>&1 & echo $!").Output()
 		say("orphan %s %v", strings.TrimSpace(string(out)), err)
 	}
@@ -177,7 +177,7 @@ func start(t *testing.T, change ...func(*exec.Cmd)) *run {
 	r.install()
 	r.cmd = exec.Command(r.path)
 	r.cmd.Dir = dir
-	r.cmd.Env = append(os.Environ(), dirVar+"="+dir, "GORACE=atexit_sleep_ms=0") // which is a second otherwise
+	r.cmd.Env = append(os.Environ(), dirVar+"="+dir, "GORACE=atexit_sleep_ms=0") // the race detector would sleep for a second
 	pr, pw, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -188,7 +188,7 @@ func start(t *testing.T, change ...func(*exec.Cmd)) *run {
 	}
 	err = r.cmd.Start()
 	for end := time.Now().Add(patience); errors.Is(err, syscall.ETXTBSY) && time.Now().Before(end); {
-		time.Sleep(5 * time.Millisecond) // another test, which forks, has the program's copy open for writing
+		time.Sleep(5 * time.Millisecond) // a child that another test forks has the program's copy open for writing
 		c := exec.Command(r.cmd.Path)
 		c.Args, c.Dir, c.Env, c.Stdin, c.Stderr, c.ExtraFiles, c.SysProcAttr = r.cmd.Args, r.cmd.Dir, r.cmd.Env, r.cmd.Stdin, r.cmd.Stderr, r.cmd.ExtraFiles, r.cmd.SysProcAttr
 		r.cmd = c
@@ -289,11 +289,11 @@ func (r *run) signal(s syscall.Signal) {
 	}
 }
 
-// upgrade returns when the next generation serves and the older one knows.
+// upgrade returns when the next generation serves and its predecessor knows it.
 func (r *run) upgrade() (pid, addr string) {
 	r.t.Helper()
 	r.signal(syscall.SIGHUP)
-	for range 2 { // in either order
+	for range 2 { // the two lines come in either order
 		if m := r.expect(`: upgraded by |^(\d+): serving (\S+) in group \d+ env ""$`); m[1] != "" {
 			pid, addr = m[1], m[2]
 		}
@@ -301,14 +301,14 @@ func (r *run) upgrade() (pid, addr string) {
 	return pid, addr
 }
 
-// reached finds out to whom a signal goes.
+// reached returns the PID of the generation that a signal reaches.
 func (r *run) reached(s syscall.Signal) string {
 	r.t.Helper()
 	r.signal(s)
 	return r.expect(`^(\d+): got ` + strconv.Itoa(int(s)) + "$")[1]
 }
 
-// end waits for the keeper and returns how it has ended.
+// end waits for the keeper and returns its status.
 func (r *run) end() syscall.WaitStatus {
 	r.t.Helper()
 	done := make(chan struct{})
@@ -321,7 +321,7 @@ func (r *run) end() syscall.WaitStatus {
 	return r.cmd.ProcessState.Sys().(syscall.WaitStatus)
 }
 
-// crashing makes a SIGABRT kill, and not be an exit with status 2.
+// crashing makes SIGABRT kill the process. Otherwise Go exits with status 2.
 func crashing(c *exec.Cmd) { c.Env = append(c.Env, "GOTRACEBACK=crash") }
 
 func sibling(c *exec.Cmd) { c.Env = append(c.Env, siblingVar+"=1") }
@@ -340,8 +340,8 @@ var modes = map[string][]func(*exec.Cmd){
 	"child": nil, "sibling": {sibling}, "PID 1": {namespaced}, "PID 1, sibling": {namespaced, sibling},
 }
 
-// Five generations; each gets the signals, and one address serves; then the
-// status is the last one's.
+// Five generations follow each other. Each gets the signals, all serve one
+// address, and the keeper exits with the status of the last.
 func TestGenerations(t *testing.T) {
 	for name, mode := range modes {
 		t.Run(name, func(t *testing.T) {
@@ -397,8 +397,9 @@ func TestStatus(t *testing.T) {
 	}
 }
 
-// The youngest of three generations ends while the older ones have clients. All
-// is asked for by sockets: the keeper sees the second one only in the PID file.
+// The youngest of three generations ends while the older ones have clients.
+// Upgrades are requested by control sockets, so the keeper learns of the second
+// generation only from the PID file.
 func TestDraining(t *testing.T) {
 	t.Parallel()
 	r := start(t, sibling)
@@ -421,24 +422,25 @@ func TestDraining(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer stop.Close()
-	if _, err := bufio.NewReader(stop).ReadString('\n'); err != nil { // the answer; the connection ends with the process
+	if _, err := bufio.NewReader(stop).ReadString('\n'); err != nil { // the answer comes first, and the connection ends with the process
 		t.Fatal(err)
 	}
 	if got := r.reached(syscall.SIGUSR1); got != last {
 		t.Fatalf("signal reached %s; want %s, which drains", got, last)
 	}
 	r.set("do", "exit 5")
-	r.signal(syscall.SIGUSR2) // the youngest ends, the older ones still drain
+	r.signal(syscall.SIGUSR2) // the youngest generation ends, and the older ones still drain
 	if got := r.reachedAfter(last); got != second {
-		t.Fatalf("signal reached %s; want %s, the youngest one left", got, second)
+		t.Fatalf("signal reached %s; want %s, the youngest generation left", got, second)
 	}
 	r.unset("hold")
 	if s := r.end(); s.ExitStatus() != 5 {
-		t.Fatalf("keeper: %v; want exit status 5, the youngest one's", r.cmd.ProcessState)
+		t.Fatalf("keeper: %v; want exit status 5, that of the youngest generation", r.cmd.ProcessState)
 	}
 }
 
-// idle returns when the keeper waits for signals, and has acted on those before.
+// idle returns when the keeper waits for signals, and has acted on all earlier
+// ones.
 func (r *run) idle() {
 	r.t.Helper()
 	if _, err := os.ReadFile("/proc/self/syscall"); err != nil {
@@ -457,7 +459,7 @@ func (r *run) idle() {
 		tasks, _ := filepath.Glob(proc + "task/*/syscall")
 		for _, task := range tasks {
 			b, _ := os.ReadFile(task)
-			if strings.HasPrefix(string(b), want) { // it says "running" if there is anything to read
+			if strings.HasPrefix(string(b), want) { // the file says "running" if there is anything to read
 				return true
 			}
 		}
@@ -465,7 +467,7 @@ func (r *run) idle() {
 	})
 }
 
-// reachedAfter signals until another than pid, which is ending, answers.
+// reachedAfter sends s until a process other than pid, which is ending, gets it.
 func (r *run) reachedAfter(pid string) string {
 	r.t.Helper()
 	for range 1000 {
@@ -497,7 +499,7 @@ func TestFailures(t *testing.T) {
 			r.unset("fail")
 			r.set("probation", "")
 			second, _ := r.upgrade()
-			r.signal(syscall.SIGHUP) // the next is on probation
+			r.signal(syscall.SIGHUP) // the next generation is on probation
 			third, _ := r.serving()
 			if got := r.reached(syscall.SIGUSR1); got != third {
 				t.Fatalf("on probation: signal reached %s; want %s", got, third)
@@ -529,11 +531,12 @@ func inode(t *testing.T, path string) uint64 {
 func runs(t *testing.T, pid int, path string) bool {
 	t.Helper()
 	var st unix.Stat_t
-	// There is none for a moment, while another thread than the first executes.
+	// The link is missing for a moment while a thread other than the first
+	// executes a program.
 	return unix.Stat(fmt.Sprintf("/proc/%d/exe", pid), &st) == nil && st.Ino == inode(t, path)
 }
 
-// eventually waits for what happens in another process, of which no event tells.
+// eventually waits for a change in another process that no event reports.
 func eventually(t *testing.T, what string, f func() bool) {
 	t.Helper()
 	for end := time.Now().Add(patience); !f(); time.Sleep(5 * time.Millisecond) {
@@ -550,7 +553,7 @@ func TestRenewed(t *testing.T) {
 	proc := fmt.Sprintf("/proc/%d/", r.cmd.Process.Pid)
 	before := inode(t, proc+"exe")
 	r.install()
-	r.set("fail", "") // a version that fails is none for the keeper
+	r.set("fail", "") // the keeper must not run a version that fails
 	r.signal(syscall.SIGHUP)
 	r.expect("upgrade failed")
 	r.reached(syscall.SIGUSR1)
@@ -558,7 +561,7 @@ func TestRenewed(t *testing.T) {
 		t.Fatal("the keeper runs a program that has failed")
 	}
 	r.unset("fail")
-	r.set("probation", "") // the second generation will take the third one back
+	r.set("probation", "") // the second generation will resume after the third
 	second, _ := r.upgrade()
 	eventually(t, "the keeper runs the new program", func() bool { return runs(t, r.cmd.Process.Pid, r.path) })
 	before = inode(t, proc+"exe")
@@ -576,7 +579,7 @@ func TestRenewed(t *testing.T) {
 	r.signal(syscall.SIGHUP)
 	r.serving()
 	n, _ := strconv.Atoi(second)
-	if err := unix.Kill(n, unix.SIGKILL); err != nil { // or it would stand by for a minute
+	if err := unix.Kill(n, unix.SIGKILL); err != nil { // otherwise it would stand by for a minute
 		t.Fatal(err)
 	}
 	eventually(t, "the keeper runs the new program", func() bool { return runs(t, r.cmd.Process.Pid, r.path) })
@@ -588,8 +591,8 @@ func TestRenewed(t *testing.T) {
 	}
 }
 
-// Whatever the Go runtime does with signals when a program starts, none is lost
-// and none ends the keeper while it replaces its program.
+// No signal is lost, and none ends the keeper, while it replaces its program.
+// The Go runtime unblocks some signals when the new program starts.
 func TestRenewedUnderSignals(t *testing.T) {
 	for name, mode := range modes {
 		t.Run(name, func(t *testing.T) {
@@ -680,15 +683,15 @@ func TestOrphans(t *testing.T) {
 	}
 }
 
-// late makes the first generation wait before it catches anything.
+// late makes the first generation wait before it catches any signal.
 func late(c *exec.Cmd) {
 	if err := os.WriteFile(filepath.Join(filepath.Dir(c.Path), "late"), nil, 0o644); err != nil {
 		panic(err)
 	}
 }
 
-// A signal to a first generation that has caught nothing yet would end it, and
-// the container with it.
+// A signal to a first generation that does not catch it yet would end that
+// generation, and the container with it.
 func TestHeldBack(t *testing.T) {
 	for name, mode := range modes {
 		t.Run(name, func(t *testing.T) {
@@ -701,7 +704,7 @@ func TestHeldBack(t *testing.T) {
 			}
 			r.unset("late")
 			want := map[string]bool{"upgraded by signal hangup": true, "got 10": true, "got 14": true, "got 28": true, "got 40": true}
-			for len(want) > 0 { // in any order
+			for len(want) > 0 { // they come in any order
 				got := r.expect(`: (upgraded by signal hangup|got \d+)`)[1]
 				if !want[got] {
 					t.Fatalf("%q has come a second time; yet to come: %v", got, want)
@@ -717,7 +720,7 @@ func TestHeldBack(t *testing.T) {
 	}
 }
 
-// What is there to end a process is not held back.
+// Signals that are meant to end a process are not held back.
 func TestEndedEarly(t *testing.T) {
 	for _, s := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT} {
 		for name, mode := range modes {
@@ -729,7 +732,7 @@ func TestEndedEarly(t *testing.T) {
 				r.signal(syscall.SIGHUP)
 				r.signal(s)
 				got := r.end()
-				if s == syscall.SIGQUIT { // Go's own: it prints where it is, and exits
+				if s == syscall.SIGQUIT { // Go prints its stacks and exits
 					if got.ExitStatus() != 2 {
 						t.Fatalf("keeper: %v; want exit status 2", r.cmd.ProcessState)
 					}
@@ -745,8 +748,8 @@ func TestEndedEarly(t *testing.T) {
 	}
 }
 
-// A signal that comes as soon as there is a child finds the first program of
-// the keeper, which has descriptors to go through before it blocks signals.
+// A signal that comes as soon as there is a child reaches the keeper's first
+// program. That program goes through its descriptors before it blocks signals.
 func TestSignalAtStart(t *testing.T) {
 	null, err := os.Open(os.DevNull)
 	if err != nil {
@@ -756,7 +759,7 @@ func TestSignalAtStart(t *testing.T) {
 	many := func(c *exec.Cmd) { c.ExtraFiles = slices.Repeat([]*os.File{null}, 500) }
 	for range 10 {
 		r := start(t, many)
-		for end := time.Now().Add(patience); children(t, r.cmd.Process.Pid) == 0; { // without a pause, so as not to be late
+		for end := time.Now().Add(patience); children(t, r.cmd.Process.Pid) == 0; { // without a pause, because the signal must come early
 			if time.Now().After(end) {
 				t.Fatal("the keeper has no child")
 			}
@@ -768,7 +771,8 @@ func TestSignalAtStart(t *testing.T) {
 	}
 }
 
-// A child whose keeper is killed before its program runs must not go on alone.
+// A child must not go on alone if its keeper is killed before it has executed
+// its second program.
 func TestGate(t *testing.T) {
 	t.Parallel()
 	pr, pw, err := os.Pipe()
@@ -787,7 +791,7 @@ func TestGate(t *testing.T) {
 	}
 }
 
-// A PID file of an earlier life names a process that has nothing to do with it.
+// A PID file from an earlier run names a process that the keeper must not touch.
 func TestStalePIDFile(t *testing.T) {
 	t.Parallel()
 	if err := keeper.Stay(""); err == nil {
@@ -811,11 +815,11 @@ func TestStalePIDFile(t *testing.T) {
 	if b, _ := os.ReadFile(filepath.Join(r.dir, "pid")); len(b) == 0 {
 		t.Fatal("the PID file is gone")
 	}
-	r.unset("pid") // or the clean-up would end this test
+	r.unset("pid") // otherwise the clean-up would kill this test
 }
 
-// The keeper is a terminal's foreground process: a Ctrl-C reaches the
-// generation that serves, once, and not the one that drains; Ctrl-Z stops them.
+// The keeper is a terminal's foreground process. Ctrl-C reaches the generation
+// that serves, once, and not the one that drains. Ctrl-Z stops both.
 func TestTerminal(t *testing.T) {
 	t.Parallel()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
@@ -835,7 +839,7 @@ func TestTerminal(t *testing.T) {
 		t.Skip("no terminals here: ", err)
 	}
 	defer tty.Close()
-	// As of a shell: a session leader that stays, and the job in the foreground.
+	// As under a shell, a session leader stays, and the job is in the foreground.
 	r := start(t, func(c *exec.Cmd) {
 		c.Args = []string{"sh", "-c", "set -m; " + c.Path + "; echo status $? >&2; read x; fg >/dev/null; echo status $? >&2"}
 		c.Path = "/bin/sh"
@@ -862,7 +866,7 @@ func TestTerminal(t *testing.T) {
 		}
 	}
 	r.set("fail", "")
-	if err := unix.Kill(pgid, syscall.SIGHUP); err != nil { // whoever acts on this one acts on a SIGINT, too
+	if err := unix.Kill(pgid, syscall.SIGHUP); err != nil { // a generation that upgrades on SIGHUP acts on SIGINT, too
 		t.Fatal(err)
 	}
 	r.expect("upgrade failed")
@@ -885,14 +889,14 @@ func TestTerminal(t *testing.T) {
 	}
 	r.expect("^" + last + ": stopping by signal interrupt")
 	if state(pid) == "" || state(pid) == "Z" || state(last) == "Z" || state(last) == "" {
-		t.Fatal("a Ctrl-C has ended a process that serves its last clients")
+		t.Fatal("Ctrl-C has ended a generation that drains")
 	}
 	r.unset("hold")
 	r.expect("^status 0$")
 }
 
-// The image of the README, as far as it can be had without Docker: its
-// ENTRYPOINT is PID 1, in a root directory that has the program and /proc.
+// The README's image is tested as far as that is possible without Docker. Its
+// ENTRYPOINT is PID 1 in a root directory that has the program and /proc.
 func TestContainer(t *testing.T) {
 	t.Parallel()
 	readme, err := os.ReadFile("../README.md")
@@ -905,7 +909,7 @@ func TestContainer(t *testing.T) {
 		t.Fatal("README.md has no Dockerfile with an ENTRYPOINT")
 	}
 	for i, a := range entry {
-		if a == ":7000" { // which may be in use here
+		if a == ":7000" { // this port may be in use here
 			entry[i] = "127.0.0.1:0"
 		}
 	}
@@ -954,7 +958,7 @@ func TestContainer(t *testing.T) {
 	if err := os.Remove(root + entry[0]); err != nil {
 		t.Fatal(err)
 	}
-	r.signal(syscall.SIGHUP) // whoever acts on this one acts on a SIGTERM, too
+	r.signal(syscall.SIGHUP) // a generation that upgrades on SIGHUP acts on SIGTERM, too
 	r.expect("upgrade failed")
 	r.signal(syscall.SIGTERM)
 	r.expect("stopping by signal terminated: .*generation=3$")

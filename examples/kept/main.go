@@ -1,10 +1,12 @@
-// Kept is a small daemon under a keeper: for containers, terminals and
-// supervisors that know one process. It sends back what its clients send, is
-// replaced on SIGHUP and stopped by SIGTERM or Ctrl-C. A generation that was
-// replaced or stopped serves its clients for -drain at most, because the keeper
-// and its container live as long as any generation. With -takeover the next
-// container, or the keeper that a supervisor starts after it has killed one,
-// takes over from the generation that still serves.
+// Kept is a small daemon under a keeper, for containers, terminals and
+// supervisors that know one process. It sends back what its clients send. SIGHUP
+// upgrades it, and SIGTERM or Ctrl-C stops it. A generation that was replaced or
+// stopped serves its clients for -drain at most, because the keeper and its
+// container live as long as any generation.
+//
+// With -takeover a new container takes over from the generation that still
+// serves. So does the keeper that a supervisor starts after it has killed an
+// earlier one.
 package main
 
 import (
@@ -29,8 +31,8 @@ func main() {
 	takeover := flag.String("takeover", "", "`path` of the socket by which another process takes over; empty: none")
 	limit := flag.Duration("drain", 30*time.Second, "longest `time` to serve connected clients after the end of accepting")
 	flag.Parse()
-	// A supervisor that has lost its keeper reads the log no more. Without this
-	// the next line would end the service.
+	// A supervisor stops reading the log when the keeper has ended. Without this
+	// call SIGPIPE would then end the service at its next log line.
 	signal.Ignore(syscall.SIGPIPE)
 	if err := keeper.Stay(*pidFile); err != nil {
 		log.Fatal(err)
