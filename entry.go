@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -40,58 +41,86 @@ type wire struct {
 	gone             bool   // the predecessor does not find its file at path any more
 }
 
-// encode returns w as a record of a SOCKETS frame. Fields are added in later
+// appendTo appends w as a record of a SOCKETS frame. Fields are added in later
 // versions and never changed.
-func (w *wire) encode() record {
-	r := record{"kind=" + w.kind}
-	add := func(key, value string) {
-		if value != "" {
-			r = append(r, key+"="+value)
+func (w *wire) appendTo(b []byte) []byte {
+	flag := func(key string, set bool) {
+		if set {
+			b = appendField(b, key, "1")
 		}
 	}
-	add("name", w.name)
-	add("network", w.network)
-	add("address", w.address)
-	add("at", w.boundKey)
-	if w.keep {
-		add("keep", "1")
+	text := func(key, value string) {
+		if value != "" {
+			b = appendField(b, key, value)
+		}
 	}
+	number := func(key string, n uint64) { b = appendField(b, key, strconv.FormatUint(n, 10)) }
+	text("kind", w.kind)
+	text("name", w.name)
+	text("network", w.network)
+	text("address", w.address)
+	text("at", w.boundKey)
+	flag("keep", w.keep)
 	if w.path != "" {
-		add("path", w.path)
-		add("dev", strconv.FormatUint(w.dev, 10))
-		add("ino", strconv.FormatUint(w.ino, 10))
+		text("path", w.path)
+		number("dev", w.dev)
+		number("ino", w.ino)
 	}
-	if w.foreign {
-		add("foreign", "1")
-	}
-	if w.renewed {
-		add("renewed", "1")
-	}
-	if w.gone {
-		add("gone", "1")
-	}
+	flag("foreign", w.foreign)
+	flag("renewed", w.renewed)
+	flag("gone", w.gone)
 	if w.kind == kindState {
-		add("size", strconv.FormatInt(w.size, 10))
+		number("size", uint64(w.size))
 	}
-	return r
+	return endRecord(b)
 }
 
-// decodeWire is the reverse of encode. With an error it returns what it could
+// decodeWire is the reverse of appendTo. With an error it returns what it could
 // read, for the error's text.
 func decodeWire(r record) (w wire, err error) {
-	w = wire{kind: r.get("kind"), name: r.get("name"), network: r.get("network"), address: r.get("address"),
-		boundKey: r.get("at"), keep: r.get("keep") == "1", path: r.get("path"), foreign: r.get("foreign") == "1", renewed: r.get("renewed") == "1", gone: r.get("gone") == "1"}
+	var dev, ino, size string
+	for _, f := range r {
+		key, value, _ := strings.Cut(f, "=")
+		switch key {
+		case "kind":
+			w.kind = value
+		case "name":
+			w.name = value
+		case "network":
+			w.network = value
+		case "address":
+			w.address = value
+		case "at":
+			w.boundKey = value
+		case "keep":
+			w.keep = value == "1"
+		case "path":
+			w.path = value
+		case "dev":
+			dev = value
+		case "ino":
+			ino = value
+		case "foreign":
+			w.foreign = value == "1"
+		case "renewed":
+			w.renewed = value == "1"
+		case "gone":
+			w.gone = value == "1"
+		case "size":
+			size = value
+		}
+	}
 	if w.path != "" {
 		var err1, err2 error
-		w.dev, err1 = strconv.ParseUint(r.get("dev"), 10, 64)
-		w.ino, err2 = strconv.ParseUint(r.get("ino"), 10, 64)
+		w.dev, err1 = strconv.ParseUint(dev, 10, 64)
+		w.ino, err2 = strconv.ParseUint(ino, 10, 64)
 		if err1 != nil || err2 != nil {
-			return w, fmt.Errorf("its file is device %q, inode %q; want numbers", r.get("dev"), r.get("ino"))
+			return w, fmt.Errorf("its file is device %q, inode %q; want numbers", dev, ino)
 		}
 	}
 	if w.kind == kindState {
-		if w.size, err = strconv.ParseInt(r.get("size"), 10, 64); err != nil || w.size < 0 {
-			return w, fmt.Errorf("its size is %q; want a number", r.get("size"))
+		if w.size, err = strconv.ParseInt(size, 10, 64); err != nil || w.size < 0 {
+			return w, fmt.Errorf("its size is %q; want a number", size)
 		}
 	}
 	return w, nil

@@ -81,26 +81,45 @@ func (f frame) first(key string) string {
 	return f.records[0].get(key)
 }
 
-func appendRecord(b []byte, r record) []byte {
-	for _, f := range r {
-		n := len(f)
-		for ; n >= 0x80; n >>= 7 {
-			b = append(b, byte(n)|0x80)
-		}
-		b = append(append(b, byte(n)), f...)
-	}
-	return append(b, 0)
+// appendField appends the field "key=value" to a record that is being appended
+// to b.
+func appendField(b []byte, key, value string) []byte {
+	b = appendLength(b, len(key)+1+len(value))
+	return append(append(append(b, key...), '='), value...)
 }
 
-func appendFrame(b []byte, kind byte, records []record) []byte {
-	start := len(b)
-	b = append(b, kind, 0, 0, 0, 0)
+func appendLength(b []byte, n int) []byte {
+	for ; n >= 0x80; n >>= 7 {
+		b = append(b, byte(n)|0x80)
+	}
+	return append(b, byte(n))
+}
+
+func endRecord(b []byte) []byte { return append(b, 0) }
+
+func appendRecord(b []byte, r record) []byte {
+	for _, f := range r {
+		b = append(appendLength(b, len(f)), f...)
+	}
+	return endRecord(b)
+}
+
+// newFrame begins a frame, to which records are appended until endFrame.
+func newFrame(kind byte) []byte { return []byte{kind, 0, 0, 0, 0} }
+
+// endFrame sets the length of a frame that is complete.
+func endFrame(b []byte) []byte {
+	n := len(b) - frameHeader
+	b[1], b[2], b[3], b[4] = byte(n>>24), byte(n>>16), byte(n>>8), byte(n)
+	return b
+}
+
+func makeFrame(kind byte, records []record) []byte {
+	b := newFrame(kind)
 	for _, r := range records {
 		b = appendRecord(b, r)
 	}
-	n := len(b) - start - frameHeader
-	b[start+1], b[start+2], b[start+3], b[start+4] = byte(n>>24), byte(n>>16), byte(n>>8), byte(n)
-	return b
+	return endFrame(b)
 }
 
 // parseFrame takes a frame from the front of b. It returns the frame's length,

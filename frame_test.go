@@ -22,7 +22,7 @@ import (
 func TestFrames(t *testing.T) {
 	t.Parallel()
 	records := []record{{"a=1", "b="}, {}, {"long=" + strings.Repeat("x", 300), "bytes=\x00\xff\n="}}
-	b := appendFrame([]byte("before"), frameSockets, records)[len("before"):]
+	b := makeFrame(frameSockets, records)
 	for i := range b {
 		if _, n, err := parseFrame(b[:i]); n != 0 || err != nil {
 			t.Fatalf("the first %d of %d bytes: %d, %v; want more to be asked for", i, len(b), n, err)
@@ -62,8 +62,8 @@ func TestBadFrames(t *testing.T) {
 // FuzzFrame: whatever another process sends is refused or understood, and
 // what is understood reads the same after it was written again.
 func FuzzFrame(f *testing.F) {
-	f.Add(appendFrame(nil, frameHello, []record{{"version=1", "pid=7"}}))
-	f.Add(appendFrame(nil, frameEnd, nil))
+	f.Add(makeFrame(frameHello, []record{{"version=1", "pid=7"}}))
+	f.Add(makeFrame(frameEnd, nil))
 	f.Add([]byte("R\xff\xff\xff\xff"))
 	f.Add([]byte("R\x00\x00\x00\x02\x05a"))
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -77,7 +77,7 @@ func FuzzFrame(f *testing.F) {
 		if n > len(b) || n > frameHeader+maxFrame {
 			t.Fatalf("%d bytes taken of %d", n, len(b))
 		}
-		again, m, err := parseFrame(appendFrame(nil, fr.kind, fr.records))
+		again, m, err := parseFrame(makeFrame(fr.kind, fr.records))
 		if err != nil || m == 0 || !reflect.DeepEqual(fr, again) {
 			t.Fatalf("%+v became %+v, %v", fr, again, err)
 		}
@@ -371,7 +371,7 @@ func TestDescriptorsWithOneByte(t *testing.T) {
 		t.Errorf("descriptors went with %d bytes; want one and one", sizes)
 	}
 	c.Close()
-	if b, err := io.ReadAll(peer); err != nil || string(b) != "text"+string(appendFrame(nil, frameSockets, []record{{"kind=file"}})) {
+	if b, err := io.ReadAll(peer); err != nil || string(b) != "text"+string(makeFrame(frameSockets, []record{{"kind=file"}})) {
 		t.Errorf("%q has come, %v", b, err)
 	}
 }
@@ -426,7 +426,7 @@ func TestNoDualStack(t *testing.T) {
 	}
 	defer e.closeBare()
 	e.network, e.address = "tcp", "[::]:0"
-	if err := new(entry).inherit(e.encode(), int(e.raw.(rawFD))); err != nil {
+	if err := new(entry).inherit(recordOf(t, e), int(e.raw.(rawFD))); err != nil {
 		t.Error(err)
 	}
 	four, err := resolve("tcp", ":80")
@@ -729,4 +729,14 @@ func TestSenderOfReady(t *testing.T) {
 	if s.sender != want {
 		t.Errorf("the sender is %d; want %d", s.sender, want)
 	}
+}
+
+// recordOf returns e as its successor gets it.
+func recordOf(t *testing.T, e *entry) record {
+	t.Helper()
+	f, _, err := parseFrame(endFrame(e.appendTo(newFrame(frameSockets))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f.records[0]
 }

@@ -303,6 +303,11 @@ func (s *stream) wakeReader() { _ = s.conn.SetReadDeadline(past) }
 // system's buffer. It returns errAgain if the buffer is full and nothing was
 // taken. The descriptors go with the frame's first byte.
 func (s *stream) send(kind byte, records []record, fds []int) error {
+	return s.sendFrame(makeFrame(kind, records), fds)
+}
+
+// sendFrame is send, of a frame that has been made.
+func (s *stream) sendFrame(b []byte, fds []int) error {
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
 	if err := s.flush(); err != nil {
@@ -312,12 +317,11 @@ func (s *stream) send(kind byte, records []record, fds []int) error {
 	switch {
 	case len(fds) > 0:
 		oob = unix.UnixRights(fds...)
-	case kind == frameReady: // whose sender the predecessor watches
+	case b[0] == frameReady: // whose sender the predecessor watches
 		oob = nameSender()
 	}
-	b := appendFrame(nil, kind, records)
 	if len(b) > frameHeader+maxFrame {
-		return fmt.Errorf("a frame %q of %d bytes; there can be %d", kind, len(b), maxFrame)
+		return fmt.Errorf("a frame %q of %d bytes; there can be %d", b[0], len(b), maxFrame)
 	}
 	first := b
 	if len(fds) > 0 && dropsDescriptors {

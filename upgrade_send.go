@@ -98,15 +98,15 @@ func (a *attempt) sendMore() error {
 // the descriptors, so that none can be closed meanwhile, and its number used
 // again.
 func (a *attempt) sendBatch(list []*entry) (n int, err error) {
-	var records []record
+	b := newFrame(frameSockets)
 	var fds []int
-	var step func(size int) error
-	step = func(size int) error {
-		if n == len(list) || len(fds) == maxBatchFDs || size >= maxBatch {
+	var step func() error
+	step = func() error {
+		if n == len(list) || len(fds) == maxBatchFDs || len(b) >= maxBatch {
 			if len(fds) == 0 {
 				return nil
 			}
-			err := a.s.send(frameSockets, records, fds)
+			err := a.s.sendFrame(endFrame(b), fds)
 			if err == nil {
 				a.sent++
 			}
@@ -114,22 +114,18 @@ func (a *attempt) sendBatch(list []*entry) (n int, err error) {
 		}
 		e := list[n]
 		n++
-		r := e.encode()
-		for _, f := range r {
-			size += len(f) + 2
-		}
 		var serr error
 		cerr := e.control(func(fd uintptr) {
-			records = append(records, r)
+			b = e.appendTo(b)
 			fds = append(fds, int(fd))
-			serr = step(size)
+			serr = step()
 		})
 		if cerr != nil { // closed by the caller
-			return step(size)
+			return step()
 		}
 		return serr
 	}
-	err = step(0)
+	err = step()
 	return n, err
 }
 
