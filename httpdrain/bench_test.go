@@ -19,8 +19,8 @@ import (
 	"github.com/ecdysis-go/ecdysis/httpdrain"
 )
 
-// benchServer serves ok, drained or bare, and returns its address and the way
-// to end it.
+// benchServer serves ok, with a Drainer or without one. It returns the address,
+// and a function that ends the server.
 func benchServer(b *testing.B, drained bool, grace time.Duration) (addr string, shutdown func(context.Context) error) {
 	b.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -40,9 +40,9 @@ func benchServer(b *testing.B, drained bool, grace time.Duration) (addr string, 
 	return addr, shutdown
 }
 
-// What a request costs, over a kept connection on the loopback interface,
-// beside the bare server: the medians of rounds that take turns, and what the
-// drainer adds.
+// BenchmarkRequest measures a request over a kept connection on the loopback
+// interface, with a Drainer and without one. The two take turns. It reports the
+// median of each, and what the Drainer adds.
 func BenchmarkRequest(b *testing.B) {
 	const round = 500
 	var conns [2]*rawConn
@@ -79,7 +79,7 @@ func BenchmarkRequest(b *testing.B) {
 	b.ReportMetric(float64(drained)/float64(bare), "ratio")
 }
 
-// The same without a network and without parsing: what the handler, the
+// The same without a network and without parsing shows what the handler, the
 // states and the context of a request add.
 func BenchmarkHooks(b *testing.B) {
 	run := func(b *testing.B, srv *http.Server) {
@@ -138,10 +138,10 @@ func idleClients(addr string, n int) error {
 	return err
 }
 
-// How long after its grace a server with 10,000 idle connections is through,
-// beside how long http.Server.Shutdown takes to drop as many. Their other ends
-// are in another process, for the sake of the limit of descriptors, which the
-// Go runtime raises as far as it may.
+// A server with 10,000 idle connections is timed from the end of the grace to
+// the end of Shutdown. http.Server.Shutdown, which drops as many, is timed for
+// comparison. The clients are in another process because of the limit of
+// descriptors, which the Go runtime raises as far as it may.
 func BenchmarkIdle(b *testing.B) {
 	const grace = 2 * time.Second
 	n := 10000
@@ -196,8 +196,7 @@ func BenchmarkIdle(b *testing.B) {
 	b.ReportMetric(float64((took[1]/loops - grace).Milliseconds()), "ms-after-grace")
 }
 
-// All of a thousand idle connections end in good order when their grace is
-// over.
+// A thousand idle connections all end cleanly when their grace is over.
 func TestManyIdle(t *testing.T) {
 	t.Parallel()
 	const n, grace = 1000, 300 * time.Millisecond

@@ -22,7 +22,7 @@ import (
 	"github.com/ecdysis-go/ecdysis/httpdrain"
 )
 
-// long is a grace that no test lives to see.
+// long is a grace longer than any test.
 const long = time.Hour
 
 var discard = log.New(io.Discard, "", 0)
@@ -33,7 +33,7 @@ type site struct {
 	srv    *http.Server
 	d      *httpdrain.Drainer
 	addr   string
-	served chan error // what Serve has returned
+	served chan error // the result of Serve
 }
 
 // newSite serves h on ln, or on a listener of its own.
@@ -73,7 +73,7 @@ func dial(t *testing.T, addr string) *rawConn {
 	return c
 }
 
-// get wants the answer "ok", and that the server says close or does not.
+// get requires the answer "ok", and that the answer says close, or does not.
 func get(t *testing.T, c *rawConn, wantClose bool, header ...string) {
 	t.Helper()
 	closed, err := c.get("/", "ok", header...)
@@ -82,7 +82,7 @@ func get(t *testing.T, c *rawConn, wantClose bool, header ...string) {
 	}
 }
 
-// ends wants the server to close c in good order.
+// ends requires the server to close c cleanly.
 func ends(t *testing.T, c *rawConn) {
 	t.Helper()
 	_ = c.SetDeadline(time.Now().Add(patience))
@@ -91,7 +91,7 @@ func ends(t *testing.T, c *rawConn) {
 	}
 }
 
-// shutdown begins one and waits until draining has begun.
+// shutdown calls Shutdown and waits until draining has begun.
 func (s *site) shutdown() (result chan error) {
 	s.t.Helper()
 	result = make(chan error, 1)
@@ -102,7 +102,7 @@ func (s *site) shutdown() (result chan error) {
 	return result
 }
 
-// over wants a Shutdown to end well, and Serve after it.
+// over requires Shutdown to return nil, and Serve to return after it.
 func (s *site) over(result chan error) {
 	s.t.Helper()
 	if err := receive(s.t, result, "the end of Shutdown"); err != nil {
@@ -131,7 +131,7 @@ func receive[T any](t *testing.T, c <-chan T, what string) (v T) {
 	return v
 }
 
-// eventually asks until the answer is the right one.
+// eventually calls f until it returns true.
 func eventually(t *testing.T, want string, ask func() (got string, ok bool)) {
 	t.Helper()
 	for limit := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
@@ -147,8 +147,8 @@ func eventually(t *testing.T, want string, ask func() (got string, ok bool)) {
 
 var ok = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok") })
 
-// An idle connection is answered once more, with close, and that is all that
-// Shutdown waits for.
+// An idle connection gets one more answer, which says close. Shutdown waits for
+// nothing else.
 func TestIdleIsAnswered(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, long, &http.Server{Handler: ok}, nil)
@@ -193,7 +193,7 @@ func TestGrace(t *testing.T) {
 			result := s.shutdown()
 			for _, c := range []*rawConn{idle, silent, part} {
 				b, err := io.ReadAll(c.r)
-				if err != nil || len(b) > 0 && c != part { // net/http may tell a client whose header was cut
+				if err != nil || len(b) > 0 && c != part { // net/http may answer a client whose header was cut
 					t.Errorf("%q, %v; want EOF", b, err)
 				}
 				if passed := time.Since(began); passed < want {
@@ -205,7 +205,7 @@ func TestGrace(t *testing.T) {
 	}
 }
 
-// A gate is a handler that tells when it is called, and waits.
+// A gate is a handler that reports each call, and waits.
 type gate struct {
 	called chan struct{}
 	open   chan struct{}
@@ -246,7 +246,7 @@ func TestGraceAfterAnswer(t *testing.T) {
 	s.over(result)
 }
 
-// A connection that has been accepted, and not reported yet, is not lost: the
+// A connection that was accepted and not reported yet is not lost, although the
 // server calls ConnContext before ConnState.
 func TestAcceptedIsServed(t *testing.T) {
 	t.Parallel()
@@ -274,11 +274,11 @@ func TestAcceptedIsServed(t *testing.T) {
 	s.over(result)
 }
 
-// A hooked connection does what a test wants at a read or a new deadline.
+// A hooked connection calls a test's functions at a read or a new deadline.
 type hookedConn struct {
 	*net.TCPConn
-	read     func() // before reading
-	done     func() // after it
+	read     func() // before a read
+	done     func() // after a read
 	deadline func(set func(time.Time) error, t time.Time) error
 }
 
@@ -320,8 +320,8 @@ func (l *hookedListener) Accept() (net.Conn, error) {
 
 func isPast(t time.Time) bool { return !t.IsZero() && t.Before(time.Now().Add(-time.Hour)) }
 
-// A request that has arrived in time, and waits for the server to read it, is
-// served however late that is.
+// A request that has arrived within the grace is served, however late the server
+// reads it.
 func TestUnreadIsServed(t *testing.T) {
 	t.Parallel()
 	for _, secure := range []bool{false, true} {
@@ -384,8 +384,8 @@ func (l hookingListener) Accept() (net.Conn, error) {
 	}}, nil
 }
 
-// A request that comes when its connection is next to be closed is served, body
-// and all.
+// A request that arrives just before its connection is closed is served,
+// including its body.
 func TestLateIsServed(t *testing.T) {
 	t.Parallel()
 	var clients sync.Map // address to *rawConn
@@ -401,7 +401,7 @@ func TestLateIsServed(t *testing.T) {
 		if !isPast(d) {
 			return
 		}
-		once.Do(func() { // for one of the two; the other one's turn is next
+		once.Do(func() { // for the first of the two connections; the other is next
 			clients.Range(func(addr, client any) bool {
 				if addr == c.RemoteAddr().String() {
 					return true
@@ -433,8 +433,8 @@ func TestLateIsServed(t *testing.T) {
 	s.over(result)
 }
 
-// A request that was read when its connection was to be closed, and not
-// reported yet, is served, body and all, with the server's ReadTimeout.
+// A request that was read and not reported yet when its connection was about to
+// be closed is served. Its body has the server's ReadTimeout.
 func TestReadIsServed(t *testing.T) {
 	t.Parallel()
 	for _, timeout := range []time.Duration{0, patience} {
@@ -451,9 +451,9 @@ func TestReadIsServed(t *testing.T) {
 				case isPast(d):
 					expired <- struct{}{}
 				case held.Swap(false):
-					// Go 1.26 sets a deadline of its own between reading a
-					// request and reporting it: let the drainer's come after
-					// that. In Go 1.25 this is the drainer's own next one.
+					// Go 1.26 sets a deadline between reading a request and
+					// reporting it. The Drainer's deadline must come after that.
+					// In Go 1.25 this deadline is the Drainer's next one.
 					select {
 					case <-expired:
 					case <-time.After(200 * time.Millisecond):
@@ -507,7 +507,7 @@ func TestExpiryIsRepeated(t *testing.T) {
 	s := newSite(t, 10*time.Millisecond, &http.Server{Handler: ok}, &hookedListener{Listener: listen(t), hook: &hookedConn{
 		deadline: func(set func(time.Time) error, d time.Time) error {
 			if isPast(d) && times.Add(1) == 1 {
-				return nil // as if the server had set another right afterwards
+				return nil // as if the server had set another deadline right after it
 			}
 			return set(d)
 		},
@@ -519,7 +519,7 @@ func TestExpiryIsRepeated(t *testing.T) {
 	s.over(result)
 }
 
-// The deadline that a handler has set is not touched.
+// A deadline that a handler has set is not changed.
 func TestHandlersDeadline(t *testing.T) {
 	t.Parallel()
 	called, result := make(chan struct{}), make(chan error, 1)
@@ -563,8 +563,8 @@ func TestUnreadBody(t *testing.T) {
 	s.over(result)
 }
 
-// Handlers get the server's own writer over HTTP/1, and what they say to an
-// Upgrade or CONNECT is theirs.
+// Handlers get the server's own writer over HTTP/1, and their answer to an
+// Upgrade or CONNECT is not changed.
 func TestWriter(t *testing.T) {
 	t.Parallel()
 	type seen struct{ writer, connection string }
@@ -607,8 +607,8 @@ func TestWriter(t *testing.T) {
 	}
 }
 
-// A handler that has hijacked its connection is waited for; the connection,
-// after its end, is the program's.
+// Shutdown waits for a handler that has hijacked its connection. When the handler
+// has returned, the connection is the program's.
 func TestHijacked(t *testing.T) {
 	t.Parallel()
 	called, goOn := make(chan struct{}), make(chan struct{})
@@ -629,7 +629,7 @@ func TestHijacked(t *testing.T) {
 	receive(t, called, "the handler")
 	s.counts(httpdrain.Counts{Handlers: 1})
 	result := s.shutdown()
-	receive(t, s.served, "the end of Serve") // srv.Shutdown runs
+	receive(t, s.served, "the end of Serve") // srv.Shutdown has begun
 	select {
 	case err := <-result:
 		t.Fatalf("Shutdown has not waited for the handler: %v", err)
@@ -648,8 +648,8 @@ func TestHijacked(t *testing.T) {
 	kept.Close()
 }
 
-// When its time is over, Shutdown says what is left, has closed what is idle,
-// and leaves the rest to another call.
+// When the context ends, Shutdown has closed idle connections and reports what is
+// left. Another call waits for the rest.
 func TestContextEnds(t *testing.T) {
 	t.Parallel()
 	g := newGate()
@@ -686,7 +686,7 @@ func TestContextEnds(t *testing.T) {
 	s.over(again)
 }
 
-// Shutdown may be called as often as one likes, at once and afterwards.
+// Shutdown may be called several times, at the same time and one after the other.
 func TestShutdownTwice(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, long, &http.Server{Handler: ok}, nil)
@@ -706,7 +706,7 @@ func TestShutdownTwice(t *testing.T) {
 	}
 }
 
-// What the server's owner has set goes on working.
+// The hooks that the program has set still work.
 func TestHooks(t *testing.T) {
 	t.Parallel()
 	type key string
@@ -748,7 +748,7 @@ func TestHooks(t *testing.T) {
 	}
 }
 
-func init() { http.Handle("/default", ok) } // once, however often the tests run
+func init() { http.Handle("/default", ok) } // in init, because the tests may run several times
 
 // Without a Handler the server has http.DefaultServeMux.
 func TestNilHandler(t *testing.T) {
@@ -765,7 +765,7 @@ func TestNilHandler(t *testing.T) {
 	s.over(result)
 }
 
-// A handler that panics has ended.
+// A handler that panics counts as ended.
 func TestPanic(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, long, &http.Server{Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })}, nil)
@@ -777,8 +777,8 @@ func TestPanic(t *testing.T) {
 	s.over(s.shutdown())
 }
 
-// The listener closes by itself when the process has been replaced. Nothing
-// comes of that until Shutdown.
+// A listener may close by itself when the process is replaced. Serve does not
+// return before Shutdown because of that.
 func TestListenerEnds(t *testing.T) {
 	t.Parallel()
 	ln := listen(t)
@@ -799,11 +799,11 @@ func TestListenerEnds(t *testing.T) {
 	s.over(result)
 }
 
-// A badListener fails, once it is told to, with an error.
+// A badListener's Accept fails with an error that the test sends.
 type badListener struct {
 	net.Listener
 	fail  chan error
-	ended chan struct{} // by Close
+	ended chan struct{} // closed by Close
 }
 
 func (l badListener) Accept() (net.Conn, error) {
@@ -817,8 +817,8 @@ func (l badListener) Accept() (net.Conn, error) {
 
 func (l badListener) Close() error { close(l.ended); return errors.New("close failed") }
 
-// An error of Accept that is not its end reaches Serve as it is; that of
-// closing comes from Shutdown.
+// An error of Accept reaches Serve unchanged, unless the listener was closed. An
+// error of Close is returned by Shutdown.
 func TestListenerFails(t *testing.T) {
 	t.Parallel()
 	ln := badListener{listen(t), make(chan error, 1), make(chan struct{})}
@@ -834,13 +834,13 @@ func TestListenerFails(t *testing.T) {
 	s = newSite(t, long, &http.Server{Handler: ok}, ln)
 	s.counts(httpdrain.Counts{})
 	errs := 0
-	eventually(t, "Serve to accept", func() (string, bool) { // what Shutdown closes is what it serves
+	eventually(t, "Serve to accept", func() (string, bool) { // Shutdown closes the listener that is served
 		select {
-		case ln.fail <- syscall.EMFILE: // a temporary one
+		case ln.fail <- syscall.EMFILE: // a temporary error
 			errs++
 		default:
 		}
-		return "", errs == 2 // there is room for one, so that Accept has taken the first
+		return "", errs == 2 // the channel has room for one error, so Accept has taken the first
 	})
 	if err := receive(t, s.shutdown(), "the end of Shutdown"); err == nil || !strings.Contains(err.Error(), "close failed") {
 		t.Errorf("Shutdown: %v; want the error of Close", err)
@@ -850,7 +850,7 @@ func TestListenerFails(t *testing.T) {
 	}
 }
 
-// srv.Close ends everything at once, a Shutdown that waits as well.
+// srv.Close ends everything at once, including a Shutdown that waits.
 func TestClose(t *testing.T) {
 	t.Parallel()
 	for _, draining := range []bool{false, true} {
@@ -875,8 +875,8 @@ func TestClose(t *testing.T) {
 	}
 }
 
-// A mistake is told, and costs no more than srv.Shutdown does: the request that
-// is being served is.
+// A mistake is reported. Draining is then no worse than srv.Shutdown, which still
+// serves the running request.
 func TestMisuse(t *testing.T) {
 	t.Parallel()
 	type use struct {
@@ -894,12 +894,12 @@ func TestMisuse(t *testing.T) {
 		"no Listener": {func(u *use) {
 			u.d = httpdrain.New(u.srv)
 			serve(u, u.ln)
-		}, "not of Drainer.Listener"},
+		}, "a listener that Drainer.Listener has not returned"},
 		"one of two": {func(u *use) {
 			u.d = httpdrain.New(u.srv)
 			serve(u, u.d.Listener(listen(t)))
 			serve(u, u.ln)
-		}, "not of Drainer.Listener"},
+		}, "a listener that Drainer.Listener has not returned"},
 		"Handler": {func(u *use) {
 			h := u.srv.Handler
 			u.srv.ConnContext = func(ctx context.Context, _ net.Conn) context.Context {
@@ -954,7 +954,7 @@ func TestMisuse(t *testing.T) {
 	}
 }
 
-// A program whose Handler is not the Drainer's learns it when it begins to serve.
+// Serve fails at once if the Handler was replaced after New.
 func TestHandlerReplaced(t *testing.T) {
 	t.Parallel()
 	srv := new(http.Server)
@@ -966,14 +966,14 @@ func TestHandlerReplaced(t *testing.T) {
 	}
 }
 
-// New may have been called too late, whether its connections show it or not.
+// A call of New after Serve is reported, with connections and without any.
 func TestNewTooLate(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
 		wrap, shown bool
 		want        string
 	}{
-		{false, false, "Serve not after New"},
+		{false, false, "Serve was not called after New"},
 		{false, true, "before New"},
 		{true, true, "before New"},
 	} {
@@ -987,7 +987,7 @@ func TestNewTooLate(t *testing.T) {
 			client := dial(t, ln.Addr().String())
 			get(t, client, false)
 			for receive(t, states, "an idle connection") != http.StateIdle {
-			} // so that the server does not read what New writes
+			} // the server must not read the fields while New writes them
 			d := httpdrain.New(srv)
 			if c.wrap {
 				_ = d.Listener(listen(t))
@@ -1016,8 +1016,7 @@ func TestUnserved(t *testing.T) {
 	}
 }
 
-// A wrappedListener is somebody's around the drainer's, which keeps its address
-// to itself.
+// A wrappedListener wraps the Drainer's listener and hides its address.
 type wrappedListener struct {
 	ln   net.Listener
 	addr net.Addr
@@ -1083,8 +1082,8 @@ func shortDir(t *testing.T) string {
 	return dir
 }
 
-// Nothing is left of a server that has been drained. Not parallel: it counts
-// the process's goroutines and descriptors.
+// A drained server leaves nothing behind. The test is not parallel because it
+// counts the process's goroutines and descriptors.
 func TestLeaks(t *testing.T) {
 	round := func() {
 		s := newSite(t, 20*time.Millisecond, &http.Server{Handler: ok}, nil)

@@ -53,8 +53,8 @@ func Example() {
 	}
 }
 
-// Streams of events have no end of their own. This one ends when the server
-// drains, and its client connects again: to the next process.
+// A stream of events has no end of its own. This one ends when the server
+// drains. Its client then connects again, to the next process.
 func ExampleDrainer_Draining() {
 	mux := http.NewServeMux()
 	d := httpdrain.New(&http.Server{Handler: mux})
@@ -74,7 +74,7 @@ func ExampleDrainer_Draining() {
 	})
 }
 
-// While a server drains, its owner can be told what it waits for.
+// A program can log what a server waits for while it drains.
 func ExampleDrainer_Counts() {
 	d := httpdrain.New(&http.Server{})
 	done := make(chan error)

@@ -30,15 +30,15 @@ import (
 	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
-// The tests of upgrades run real processes: the test binary again, as the
-// server that serverMain is, and its successors. They share one standard
-// error, on which they say what they do.
+// The tests of upgrades run real processes. The test binary runs again as the
+// server in serverMain, and so do its successors. They all write what they do to
+// one standard error.
 
 const (
-	roleVar  = "HTTPDRAIN_TEST_ROLE" // for a server: how it ends, one of the ends
+	roleVar  = "HTTPDRAIN_TEST_ROLE" // how a server ends, see byShutdown
 	graceVar = "HTTPDRAIN_TEST_GRACE"
 	certVar  = "HTTPDRAIN_TEST_CERT" // path of the certificate; the key is beside it
-	h2cVar   = "HTTPDRAIN_TEST_H2C"  // not empty: HTTP/2 without TLS, too
+	h2cVar   = "HTTPDRAIN_TEST_H2C"  // HTTP/2 without TLS, too, if it is not empty
 
 	// patience is how long a test waits for what must happen.
 	patience = 30 * time.Second
@@ -67,8 +67,8 @@ func TestMain(m *testing.M) {
 // The ways in which a server ends.
 const (
 	byDrainer  = "drainer"
-	byShutdown = "shutdown" // http.Server.Shutdown, as everyone does
-	byClose    = "close"    // http.Server.Close: the worst
+	byShutdown = "shutdown" // http.Server.Shutdown, the usual way
+	byClose    = "close"    // http.Server.Close, the worst way
 )
 
 func serverMain(end string) error {
@@ -214,7 +214,7 @@ const chunks = 20
 type server struct {
 	*proctest.Program
 	plain, secure string      // addresses
-	process       *os.Process // the one that serves
+	process       *os.Process // the process that serves
 	generation    int
 }
 
@@ -241,7 +241,7 @@ func (s *server) signal(sig syscall.Signal) {
 	}
 }
 
-// upgrade replaces the server that serves, which then drains.
+// upgrade replaces the process that serves. That process then drains.
 func (s *server) upgrade() {
 	s.T.Helper()
 	s.signal(syscall.SIGHUP)
@@ -250,7 +250,7 @@ func (s *server) upgrade() {
 	s.Await(`upgraded by signal`)
 }
 
-// stop ends the last server and waits until all have ended.
+// stop ends the last process and waits until all have ended.
 func (s *server) stop() {
 	s.T.Helper()
 	s.signal(syscall.SIGTERM)
@@ -259,8 +259,8 @@ func (s *server) stop() {
 	}
 }
 
-// certificate makes one for 127.0.0.1 and returns its path, and a pool that
-// has it.
+// certificate makes a certificate for 127.0.0.1. It returns the certificate's
+// path and a pool that has it.
 func certificate(t testing.TB) (path string, pool *x509.CertPool) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

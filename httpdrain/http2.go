@@ -14,36 +14,37 @@ import (
 	"time"
 )
 
-// net/http sends one GOAWAY, which names the last stream that it has seen, and
-// ignores what the client has sent meanwhile. RFC 9113, section 6.8, wants
-// another one before it, which names the highest possible stream: it asks the
-// client to open no more streams, and those that cross it are still served.
+// net/http sends one GOAWAY, which names the last stream that it has seen. It
+// ignores streams that the client has opened meanwhile. RFC 9113, section 6.8,
+// describes an earlier GOAWAY, which names the highest possible stream. It asks
+// the client to open no more streams, and those opened before the client reads it
+// are still served.
 //
-// This file sends the first one. net/http does not, so it serves connections
-// for HTTP/2 with a server of its own, whose connections are frameConns: they
-// know where a frame ends, and put GOAWAY there.
+// This file sends the first GOAWAY, because net/http does not. HTTP/2 connections
+// are served by an http.Server of the package. Its connections are frameConns,
+// which know where a frame ends and write GOAWAY there.
 
-// awayTime is the time that the first GOAWAY has to reach its client, before
-// the last one may be sent. net/http gives its own one as long before it
+// awayTime is the time from the first GOAWAY to the last one, in which the first
+// can reach the client. net/http waits as long after its own GOAWAY before it
 // closes a connection.
 const awayTime = time.Second
 
 // preface is what an HTTP/2 client sends first.
 const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
-// prefaceTimeout is the time for it, as in net/http.
+// prefaceTimeout is the time in which the preface must arrive, as in net/http.
 const prefaceTimeout = 10 * time.Second
 
-// Keys of http.Server.TLSNextProto. By the second one net/http passes on
-// connections without TLS, from which it has read the preface. They travel as
-// the UnencryptedNetConn of what a tls.Conn wraps.
+// Keys of http.Server.TLSNextProto. net/http uses the second one to pass on a
+// connection without TLS, after it has read the preface. The connection is the
+// UnencryptedNetConn of the connection that the tls.Conn wraps.
 const (
 	protoHTTP2            = "h2"
 	protoUnencryptedHTTP2 = "unencrypted_http2"
 )
 
 // takeHTTP2 makes the server pass its HTTP/2 connections to serveHTTP2, unless
-// it has no HTTP/2, or another package's.
+// the server has no HTTP/2 or another package serves it.
 func (d *Drainer) takeHTTP2() {
 	p := d.srv.Protocols
 	if d.srv.TLSNextProto != nil || p != nil && !p.HTTP2() && !p.UnencryptedHTTP2() || !hasHTTP2() {
@@ -55,15 +56,15 @@ func (d *Drainer) takeHTTP2() {
 	}
 	d.http2 = new(http.Server)
 	d.srv.RegisterOnShutdown(func() {
-		// Their end is what d.srv waits for.
+		// d.srv waits for the end of the connections.
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()
 		_ = d.http2.Shutdown(ctx)
 	})
 }
 
-// hasHTTP2 reports whether net/http has HTTP/2 in this program: it can be left
-// out by a build tag, and switched off by GODEBUG.
+// hasHTTP2 reports whether net/http has HTTP/2 in this program. A build tag can
+// leave it out, and GODEBUG can switch it off.
 var hasHTTP2 = sync.OnceValue(func() bool {
 	srv := &http.Server{Protocols: onlyUnencryptedHTTP2()}
 	_ = srv.Serve(&oneConn{}) // sets up HTTP/2, and fails
@@ -77,7 +78,7 @@ func onlyUnencryptedHTTP2() *http.Protocols {
 	return p
 }
 
-// configureHTTP2 gives the server for HTTP/2 the settings of the other.
+// configureHTTP2 copies the settings of d.srv to d.http2.
 func (d *Drainer) configureHTTP2() {
 	from, to := reflect.ValueOf(d.srv).Elem(), reflect.ValueOf(d.http2).Elem()
 	for i := range from.NumField() {
@@ -87,14 +88,14 @@ func (d *Drainer) configureHTTP2() {
 	}
 	d.http2.Protocols = onlyUnencryptedHTTP2()
 	d.http2.TLSNextProto, d.http2.TLSConfig, d.http2.BaseContext = nil, nil, nil
-	d.http2.ReadHeaderTimeout = prefaceTimeout // which it is for nothing else
+	d.http2.ReadHeaderTimeout = prefaceTimeout // has no other use in this server
 	d.http2.ConnContext = func(_ context.Context, nc net.Conn) context.Context {
 		return nc.(*frameConn).c.ctx
 	}
 	d.http2.ConnState = func(nc net.Conn, state http.ConnState) {
 		switch f := nc.(*frameConn); state {
-		case http.StateNew: // as srv has reported it
-		case http.StateClosed: // srv reports it
+		case http.StateNew: // d.srv has reported it
+		case http.StateClosed: // d.srv reports it
 			close(f.closed)
 		default:
 			d.connStateHook(f.c.nc, state)
@@ -104,16 +105,16 @@ func (d *Drainer) configureHTTP2() {
 		f := r.Context().Value(connKey{d}).(*conn).frames
 		f.requested.Store(true)
 		if d.isDraining() {
-			f.away.Store(true) // goes with the answer, if it does not before
+			f.away.Store(true) // GOAWAY is written with the answer, or before
 		}
-		// net/http cleans up after this very Request.
+		// The Request is changed in place, because net/http cleans up after this
+		// one and not after a copy.
 		*r = *r.WithContext(context.WithValue(r.Context(), http.ServerContextKey, d.srv))
 		f.h.ServeHTTP(w, r)
 	})
 }
 
-// serveHTTP2 serves a connection that speaks HTTP/2. See
-// http.Server.TLSNextProto.
+// serveHTTP2 serves an HTTP/2 connection. See http.Server.TLSNextProto.
 func (d *Drainer) serveHTTP2(_ *http.Server, tc *tls.Conn, h http.Handler) {
 	f := &frameConn{Conn: tc, h: h, closed: make(chan struct{})}
 	if in, ok := tc.NetConn().(interface{ UnencryptedNetConn() net.Conn }); ok {
@@ -121,7 +122,7 @@ func (d *Drainer) serveHTTP2(_ *http.Server, tc *tls.Conn, h http.Handler) {
 	}
 	d.configure.Do(d.configureHTTP2)
 	v, ok := d.conns.Load(f.Conn)
-	if !ok { // its ConnContext is not ours any more
+	if !ok { // ConnContext was replaced after New
 		d.late.Store(true)
 		f.Conn.Close()
 		return
@@ -131,7 +132,7 @@ func (d *Drainer) serveHTTP2(_ *http.Server, tc *tls.Conn, h http.Handler) {
 	f.c.http2, f.c.frames = true, f
 	f.c.mu.Unlock()
 	ln := &oneConn{c: f}
-	_ = d.http2.Serve(ln) // returns when it has taken the connection
+	_ = d.http2.Serve(ln) // returns when it has accepted the connection
 	if ln.c != nil {
 		f.Conn.Close() // the server has been shut down
 		return
@@ -139,7 +140,7 @@ func (d *Drainer) serveHTTP2(_ *http.Server, tc *tls.Conn, h http.Handler) {
 	<-f.closed
 }
 
-// oneConn is a listener with a connection, or without.
+// oneConn is a listener that returns one connection, or none if c is nil.
 type oneConn struct{ c net.Conn }
 
 func (l *oneConn) Accept() (c net.Conn, err error) {
@@ -153,16 +154,16 @@ func (l *oneConn) Accept() (c net.Conn, err error) {
 func (l *oneConn) Close() error   { return nil }
 func (l *oneConn) Addr() net.Addr { return &net.TCPAddr{} }
 
-// A frameConn is a connection whose server writes HTTP/2 to it.
+// A frameConn is a connection to which a server writes HTTP/2 frames.
 type frameConn struct {
-	net.Conn // without the methods by which net/http would take it for a tls.Conn
+	net.Conn // hides the methods that would make net/http take it for a tls.Conn
 	c        *conn
 	h        http.Handler
 	closed   chan struct{}
-	unread   string // comes before what is read from Conn
+	unread   string // is read before the bytes from Conn
 
-	requested atomic.Bool // a request has come
-	away      atomic.Bool // the client is to be sent away
+	requested atomic.Bool // a request has arrived
+	away      atomic.Bool // GOAWAY is wanted
 
 	mu  sync.Mutex // guards out, and is held while frames are written
 	out frames
@@ -202,8 +203,8 @@ func (f *frameConn) sendAway() {
 	f.sayAway()
 }
 
-// sayAway writes GOAWAY, if it is wanted and may be written now. Otherwise the
-// next Write does. f.mu is held.
+// sayAway writes GOAWAY if it is wanted, was not written, and no frame is
+// incomplete. If a frame is incomplete, a later Write sends GOAWAY. f.mu is held.
 func (f *frameConn) sayAway() {
 	if !f.away.Load() || !f.out.between || f.out.goAway {
 		return
@@ -213,7 +214,7 @@ func (f *frameConn) sayAway() {
 	b = binary.BigEndian.AppendUint32(b, math.MaxInt32)
 	b = binary.BigEndian.AppendUint32(b, 0) // no error
 	if _, err := f.put(b); err != nil {
-		f.Conn.Close() // it cannot be gone on with
+		f.Conn.Close() // a frame may be incomplete, so the connection is useless
 	}
 }
 
@@ -231,17 +232,18 @@ const (
 	frameGoAway = 7
 )
 
-// frames follows what is written on a connection: see RFC 9113, section 4.1.
+// frames follows the frames that are written on a connection. See RFC 9113,
+// section 4.1.
 type frames struct {
 	between bool // a frame has ended, and none has begun
-	goAway  bool // there was a GOAWAY
+	goAway  bool // GOAWAY was written
 	header  [headerSize]byte
-	have    int // bytes of the header
-	left    int // bytes that follow it
+	have    int // bytes of header that were written
+	left    int // bytes of the payload that are still to be written
 }
 
-// rest returns how many bytes at the start of b belong to a frame that has
-// begun before.
+// rest returns how many bytes at the start of b belong to a frame that began
+// before b.
 func (s *frames) rest(b []byte) int {
 	if s.have == 0 {
 		return 0
@@ -256,15 +258,15 @@ func (s *frames) rest(b []byte) int {
 	return len(b)
 }
 
-// pass notes that b was written.
+// pass records that b was written.
 func (s *frames) pass(b []byte) {
 	for len(b) > 0 {
 		b = b[s.step(b):]
 	}
 }
 
-// step notes what is written of a header, or of what follows it, and returns
-// how much of b that is.
+// step records the part of b that belongs to one header or one payload, and
+// returns its length.
 func (s *frames) step(b []byte) (n int) {
 	s.between = false
 	if s.have < headerSize {
@@ -284,7 +286,7 @@ func (s *frames) step(b []byte) (n int) {
 	return n
 }
 
-// http2Writer is what net/http's ResponseWriter for HTTP/2 can do.
+// http2Writer has the methods of net/http's ResponseWriter for HTTP/2.
 type http2Writer interface {
 	http.ResponseWriter
 	http.Flusher
@@ -297,9 +299,10 @@ type http2Writer interface {
 	SetWriteDeadline(time.Time) error
 }
 
-// A goAwayWriter makes the server send GOAWAY with the answer. It does so for
-// the field "Connection: close", which it takes out of the header; not so of
-// those with a status below 200, in which no such field is allowed.
+// A goAwayWriter makes the server send GOAWAY with the answer. It sets the field
+// "Connection: close", which makes the server send GOAWAY and which the server
+// removes from the header. A header with a status below 200 must not have the
+// field, because the server would not remove it there.
 type goAwayWriter struct {
 	http2Writer
 	said bool

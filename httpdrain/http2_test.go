@@ -24,7 +24,7 @@ import (
 	"github.com/ecdysis-go/ecdysis/httpdrain"
 )
 
-// The ways in which a server gets to TLS, and HTTP/2 without it.
+// The ways in which a server gets TLS, and HTTP/2 without TLS.
 var ways = map[string]func(s *site, cert string, ln net.Listener) error{
 	"ServeTLS": func(s *site, cert string, ln net.Listener) error {
 		return s.srv.ServeTLS(s.d.Listener(ln), cert, cert+".key")
@@ -48,24 +48,24 @@ func tlsConfig(t *testing.T, path string) *tls.Config {
 	return &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2", "http/1.1"}}
 }
 
-// another is the way of a server whose HTTP/2 is another package's.
+// another is a server whose HTTP/2 is another package's.
 const another = "another"
 
-// anothersHTTP2 is that of another server: a program gets such a one from
-// golang.org/x/net/http2.
+// anothersHTTP2 takes the HTTP/2 of another http.Server. A program would use that
+// of golang.org/x/net/http2.
 func anothersHTTP2(t *testing.T) map[string]func(*http.Server, *tls.Conn, http.Handler) {
 	t.Helper()
 	srv := new(http.Server)
 	closed := listen(t)
 	closed.Close()
-	_ = srv.Serve(closed) // sets it up
+	_ = srv.Serve(closed) // sets up HTTP/2
 	if srv.TLSNextProto["h2"] == nil || runtime.Version() >= "go1.27" {
 		t.Skip("this net/http keeps its HTTP/2 to itself, so that there is no other package's without a dependency")
 	}
 	return srv.TLSNextProto
 }
 
-// eachWay calls f for each of the ways, and for more.
+// eachWay calls f for each of the ways, and for the additional ones.
 func eachWay(t *testing.T, f func(t *testing.T, way string), more ...string) {
 	t.Parallel()
 	for way := range ways {
@@ -102,7 +102,7 @@ func newTLSSite(t *testing.T, way string, grace time.Duration, h http.Handler) *
 	return s
 }
 
-// dialTLS connects and makes the handshake, if there is one to be made.
+// dialTLS connects, and makes the handshake if the way has one.
 func (s *site) dialTLS(way, proto string) *rawConn {
 	s.t.Helper()
 	c := s.dial()
@@ -116,7 +116,7 @@ func (s *site) dialTLS(way, proto string) *rawConn {
 	return &rawConn{tc, bufio.NewReader(tc)}
 }
 
-// Over TLS, HTTP/1 is drained as without it.
+// HTTP/1 is drained over TLS as without TLS.
 func TestTLS(t *testing.T) {
 	eachWay(t, func(t *testing.T, way string) {
 		s := newTLSSite(t, way, 500*time.Millisecond, ok)
@@ -133,23 +133,24 @@ func TestTLS(t *testing.T) {
 	})
 }
 
-// A frameConn speaks HTTP/2, as little of it as is needed.
+// A frameConn is a minimal HTTP/2 client.
 type frameConn struct {
 	t    *testing.T
 	c    *rawConn
-	last []uint32 // the last stream, as each GOAWAY has named it
-	// These are called with what such a frame holds, if they are not nil.
+	last []uint32 // the last stream that each GOAWAY has named
+	// These are called with the payload of such a frame, if they are not nil.
 	data, settings func(b []byte)
 }
 
-// away reports whether GOAWAY has come.
+// away reports whether GOAWAY has arrived.
 func (f *frameConn) away() bool { return len(f.last) > 0 }
 
-// anyStream is the last stream in the GOAWAY that comes before the last one.
+// anyStream is the last stream that the first GOAWAY names.
 const anyStream = 1<<31 - 1
 
-// wantLast wants the connection to end with one GOAWAY that names no stream,
-// unless it never had a request, and one that names the last.
+// wantLast requires the connection to end with two GOAWAYs, of which the first
+// names anyStream and the second the last stream. A connection that never had a
+// request gets the second alone.
 func (f *frameConn) wantLast(last uint32) {
 	f.t.Helper()
 	want := []uint32{anyStream, last}
@@ -168,7 +169,7 @@ func (s *site) dialFrames(way string) *frameConn {
 		s.t.Fatal(err)
 	}
 	f.write(4, 0, 0, nil)                    // SETTINGS
-	if _, err := f.c.r.Peek(9); err != nil { // until the server has accepted, and sent its own
+	if _, err := f.c.r.Peek(9); err != nil { // the server has accepted when its SETTINGS arrive
 		s.t.Fatal(err)
 	}
 	return f
@@ -191,14 +192,15 @@ func (f *frameConn) request(stream uint32, path string) {
 	f.write(1, 0x1|0x4, stream, header)
 }
 
-// until reads frames to the end of a stream, or to that of the connection if
-// it is 0.
+// until reads frames to the end of the stream, or to the end of the connection if
+// stream is 0.
 func (f *frameConn) until(stream uint32) {
 	f.t.Helper()
 	f.read(stream, 0)
 }
 
-// read is until, and returns after so many frames of GOAWAY if that is not 0.
+// read is until, but also returns after that many GOAWAY frames if the number is
+// not 0.
 func (f *frameConn) read(stream uint32, aways int) {
 	f.t.Helper()
 	for aways == 0 || len(f.last) < aways {
@@ -239,7 +241,7 @@ func (f *frameConn) read(stream uint32, aways int) {
 	}
 }
 
-// answers are the ways in which a handler answers.
+// answers are handlers that answer in different ways.
 var answers = map[string]func(w http.ResponseWriter){
 	"nothing":     func(w http.ResponseWriter) {},
 	"status":      func(w http.ResponseWriter) { w.WriteHeader(http.StatusNoContent) },
@@ -249,9 +251,9 @@ var answers = map[string]func(w http.ResponseWriter){
 	"FlushError":  func(w http.ResponseWriter) { _ = http.NewResponseController(w).Flush() },
 }
 
-// A client is asked to open no more streams. What crosses that is served, and
-// then Shutdown does not wait for the grace. A new client is asked with the
-// answer to its first request, whatever the handler does to answer.
+// A client is asked by GOAWAY to open no more streams. Streams that cross the
+// GOAWAY are served, and Shutdown does not wait for the grace. A new client gets
+// GOAWAY with the answer to its first request, however the handler answers.
 func TestHTTP2Answer(t *testing.T) {
 	eachWay(t, func(t *testing.T, way string) {
 		s := newTLSSite(t, way, long, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -289,14 +291,14 @@ func TestHTTP2Answer(t *testing.T) {
 	})
 }
 
-// A connection that has had a request is sent away at once, and one that has
-// not at the end of its grace.
+// A connection that has had a request gets GOAWAY at once. A connection without a
+// request is ended when its grace is over.
 func TestHTTP2Grace(t *testing.T) {
 	eachWay(t, func(t *testing.T, way string) {
 		const grace = 200 * time.Millisecond
 		s := newTLSSite(t, way, grace, ok)
 		idle, fresh := s.dialFrames(way), s.dialFrames(way)
-		mute := s.dialTLS(way, "h2") // without what a client says first
+		mute := s.dialTLS(way, "h2") // without the preface
 		idle.request(1, "/")
 		idle.until(1)
 		s.counts(httpdrain.Counts{New: 1, Idle: 2})
@@ -317,8 +319,8 @@ func TestHTTP2Grace(t *testing.T) {
 	})
 }
 
-// GOAWAY comes between two frames, also while frames are written all the time
-// that are longer than the server's buffer.
+// GOAWAY comes between two frames, also while the server keeps writing frames
+// that are longer than its buffer.
 func TestHTTP2Between(t *testing.T) {
 	eachWay(t, func(t *testing.T, way string) {
 		var s *site
@@ -353,7 +355,7 @@ func TestHTTP2Between(t *testing.T) {
 	})
 }
 
-// Who shuts the server down by its own means gets what net/http does.
+// The server's own Shutdown and Close do what they do without a Drainer.
 func TestHTTP2WithoutDrainer(t *testing.T) {
 	eachWay(t, func(t *testing.T, way string) {
 		s := newTLSSite(t, way, long, ok)
@@ -388,8 +390,8 @@ func TestHTTP2WithoutDrainer(t *testing.T) {
 	})
 }
 
-// What a handler and the hooks see is the server's, although another one reads
-// the frames.
+// Handlers and hooks see the program's server, although another server reads the
+// frames.
 func TestHTTP2Context(t *testing.T) {
 	eachWay(t, func(t *testing.T, way string) {
 		type key struct{}
@@ -447,7 +449,7 @@ func TestHTTP2Context(t *testing.T) {
 	})
 }
 
-// Another package's HTTP/2 is left to it: its GOAWAY comes with an answer.
+// HTTP/2 of another package is left to that package. GOAWAY comes with an answer.
 func TestHTTP2OfAnother(t *testing.T) {
 	t.Parallel()
 	s := newTLSSite(t, another, long, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -476,7 +478,7 @@ func TestHTTP2OfAnother(t *testing.T) {
 	s.over(result)
 }
 
-// A program that has switched HTTP/2 off gets none by a Drainer.
+// A Drainer does not switch HTTP/2 on in a program that has switched it off.
 func TestHTTP2Off(t *testing.T) {
 	t.Parallel()
 	cmd := exec.Command(os.Args[0], "-test.run=^TestHTTP2Off$")
@@ -498,7 +500,7 @@ func TestHTTP2Off(t *testing.T) {
 
 const offVar = "HTTPDRAIN_TEST_OFF"
 
-// A stream that is open when all else is done is finished.
+// A stream that is open when everything else has ended is served to its end.
 func TestHTTP2Active(t *testing.T) {
 	eachWay(t, func(t *testing.T, way string) {
 		g := newGate()
@@ -525,8 +527,8 @@ func TestHTTP2Active(t *testing.T) {
 	})
 }
 
-// While draining, a handler can do all that it can at other times; and an
-// answer before the answer has no field that HTTP/2 does not allow.
+// While draining, a handler can do everything that it can do at other times. An
+// informational answer has no field that HTTP/2 does not allow.
 func TestHTTP2Writer(t *testing.T) {
 	eachWay(t, func(t *testing.T, way string) {
 		can := make(chan string, 1)

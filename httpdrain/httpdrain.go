@@ -2,10 +2,9 @@
 //
 // [http.Server.Shutdown] drops connections that were accepted and not yet read,
 // closes idle ones while their clients are about to use them again, and drops
-// requests that it has read in that moment. That does not matter much to a
-// program that ends for good. It does to one that has been replaced: its
-// clients have no reason to see anything. A Drainer goes about it in the way
-// that HTTP provides:
+// requests that it has read in that moment. That hardly matters if the service
+// ends for good. It matters if the process has been replaced, because clients
+// should not notice that. A Drainer uses what HTTP provides for this:
 //
 //	srv := &http.Server{Handler: mux}
 //	d := httpdrain.New(srv)
@@ -13,32 +12,34 @@
 //	… // until this process has been replaced or is to stop
 //	err := d.Shutdown(ctx)
 //
-// From the start of Shutdown on, every answer says "Connection: close": the
-// client makes its next request on a new connection, which is the next
-// process's. A connection on which nothing is going on is left open for a while,
-// Drainer.Grace, for its client to make the request that is answered so. Only
-// one that stays quiet for all of that time is closed.
+// From the start of Shutdown on, every answer says "Connection: close". The
+// client then makes its next request on a new connection, which the next process
+// accepts. A connection without a request stays open for Drainer.Grace, so that
+// its client can make one more request and gets this answer. The connection is
+// closed only if it stays quiet for all of that time.
 //
-// Over HTTP/2 the client is sent GOAWAY twice, as RFC 9113, section 6.8, has it.
-// The first one asks it to open no more streams, and those that cross it are
-// served. The last one, which net/http sends, follows a second later.
+// An HTTP/2 client is sent GOAWAY twice, as RFC 9113, section 6.8, describes. The
+// first GOAWAY asks the client to open no more streams. Streams that it opens
+// before it reads the GOAWAY are served. A second later net/http sends the last
+// GOAWAY.
 //
-// What cannot be promised, by anybody who speaks HTTP:
+// HTTP itself sets these limits:
 //
-//   - A request that is sent after Grace, while the close is on its way to its
-//     client, is lost; so is one whose header is still incomplete then.
+//   - A request is lost if it is sent after Grace, while the close is on its way
+//     to the client. So is a request whose header is still incomplete when Grace
+//     is over.
 //   - Pipelined requests behind an answer that says close are not read. Their
 //     client has to send them again (RFC 9112, section 9.3.2).
-//   - An HTTP/2 client that opens a stream a second after it was asked not to has
-//     to send that request again. HAProxy also gives up requests that it has not
-//     sent yet when the first GOAWAY comes, and sends them again if it is told
-//     to: "retry-on conn-failure empty-response".
-//   - A hijacked connection is waited for as long as its handler runs. One whose
-//     handler has returned is the program's own.
+//   - An HTTP/2 client has to send a request again if it opens a stream later than
+//     a second after the first GOAWAY.
+//   - HAProxy drops requests that it has not sent yet when the first GOAWAY
+//     arrives. With "retry-on conn-failure empty-response" it sends them again.
+//   - Shutdown waits for a hijacked connection as long as its handler runs. After
+//     that the connection is the program's own.
 //
-// The package uses the standard library alone, and works with any listener; it
+// The package uses the standard library alone, and works with any listener. It
 // is made for those of package ecdysis, but does not import it. It builds on
-// every system. On those that are not Unix a request may be lost that arrives
+// every system. On systems other than Unix a request may be lost if it arrives
 // just before the grace of its connection is over.
 package httpdrain
 
@@ -60,66 +61,66 @@ const DefaultGrace = 5 * time.Second
 
 // ErrMisused is wrapped by the error of a Shutdown that could not see all
 // connections or requests of its server, because New or Listener was not used
-// as it must be. The error says which. The server has been shut down by its own
-// Shutdown, and requests may have been lost. Serve returns such an error at
-// once if the Handler was replaced after New.
+// correctly. The error's text says how. The server has been shut down by its own
+// Shutdown, and requests may have been lost. If the Handler was replaced after
+// New, Serve also returns an error that wraps ErrMisused, at once.
 var ErrMisused = errors.New("httpdrain: not all connections of the server are known")
 
 // A Drainer ends one http.Server. It is made by New and must not be copied. Its
 // methods may be called from several goroutines at once.
 type Drainer struct {
-	// Grace is the time that a connection without a request has, from the
-	// start of Shutdown, or from when it was accepted or its last answer was
-	// sent if that is later, to deliver the complete header of one. After it,
-	// the connection is closed. 0: DefaultGrace. Below 0: none. It must not be
-	// changed once Shutdown has been called.
+	// Grace is the time in which a connection without a request may deliver the
+	// complete header of one. After it, the connection is closed. The time starts
+	// with Shutdown, or when the connection was accepted or its last answer was
+	// sent, if that is later. Zero means DefaultGrace, and a negative value means
+	// no grace. It must not be changed once Shutdown has been called.
 	//
-	// It should be longer than a client thinks between two requests, and
-	// shorter than a client takes to give up.
+	// Grace should be longer than a client waits between two requests, and
+	// shorter than a client waits before it gives up.
 	Grace time.Duration
 
 	srv         *http.Server
-	http2       *http.Server // serves the HTTP/2 connections of srv; nil: srv does
-	configure   sync.Once    // http2
-	handler     http.Handler // srv's own; nil: http.DefaultServeMux
+	http2       *http.Server // serves the HTTP/2 connections of srv; nil if srv does
+	configure   sync.Once    // of http2
+	handler     http.Handler // srv's own; nil means http.DefaultServeMux
 	connState   func(net.Conn, http.ConnState)
 	connContext func(context.Context, net.Conn) context.Context
 	baseContext func(net.Listener) context.Context
 
-	conns    sync.Map // net.Conn to *conn: those that are not closed or hijacked
+	conns    sync.Map // from net.Conn to *conn, without those that were closed or hijacked
 	handlers atomic.Int64
 	draining chan struct{} // closed under mu
 
-	accepted, reported atomic.Int64 // connections: by Accept, as StateNew
-	hijacked           atomic.Bool  // ever
+	accepted, reported atomic.Int64 // connections that Accept returned, and that were reported as StateNew
+	hijacked           atomic.Bool  // a connection was hijacked
 	late               atomic.Bool  // a connection was there before New
 
-	probing sync.Mutex               // held while probed is in use by baseContextHook
-	probed  atomic.Pointer[listener] // whose Addr was called last
+	probing sync.Mutex               // held while baseContextHook uses probed
+	probed  atomic.Pointer[listener] // the listener whose Addr was called last
 
-	mu        sync.Mutex // guards what follows, and the fields of listeners
-	began     time.Time  // of draining; zero: not yet
+	mu        sync.Mutex // guards the fields below, and those of listeners
+	began     time.Time  // when draining began, or zero
 	wrapped   bool       // Listener was called
 	listeners map[*listener]struct{}
-	strays    int // calls of Serve with a listener that is not one of ours
+	strays    int // calls of Serve with a listener that Listener has not returned
 }
 
-// New returns a Drainer for srv. It wraps srv's Handler, ConnState,
-// ConnContext and BaseContext, which go on working as they are: a handler gets
-// the server's own ResponseWriter. So New is called when srv is configured, and
-// before Serve, ServeTLS or any other call on it; those fields must not be
-// replaced afterwards.
+// New returns a Drainer for srv. It wraps srv's Handler, ConnState, ConnContext
+// and BaseContext, which work as before. A handler gets the server's own
+// ResponseWriter. Call New when srv is configured, and before Serve, ServeTLS or
+// any other call on it. The wrapped fields must not be replaced afterwards.
 //
-// If srv's TLSNextProto is nil, and HTTP/2 is not switched off, New sets that
-// field, too: HTTP/2 is served by net/http as before, through connections on
-// which the first GOAWAY can be sent. Its settings are srv's, but that
-// SetKeepAlivesEnabled has no effect on it. The HTTP/2 of another package, which
-// has set TLSNextProto, sends its only GOAWAY with the first answer while
-// draining; there a handler gets a ResponseWriter that has all of the methods of
-// net/http's.
+// New also sets srv's TLSNextProto, if that is nil and HTTP/2 is not switched
+// off. net/http serves HTTP/2 as before, through connections on which the first
+// GOAWAY can be sent. It has srv's settings, except that SetKeepAlivesEnabled has
+// no effect on it.
+//
+// If another package has set TLSNextProto, HTTP/2 is that package's. It then
+// sends its only GOAWAY with the first answer while draining. A handler gets a
+// ResponseWriter with all the methods of net/http's.
 //
 // A Drainer has no goroutine of its own. Shutdown starts one for each HTTP/2
-// connection, which ends when GOAWAY is written or the connection is closed.
+// connection. It ends when GOAWAY is written or the connection is closed.
 func New(srv *http.Server) *Drainer {
 	d := &Drainer{
 		srv:         srv,
@@ -138,15 +139,15 @@ func New(srv *http.Server) *Drainer {
 	return d
 }
 
-// Listener returns the listener that srv.Serve or srv.ServeTLS must get in the
-// place of ln, or that tls.NewListener must get whose result goes to Serve. ln
-// may also be the result of tls.NewListener. A server with several listeners
-// needs a call for each.
+// Listener returns a listener that wraps ln. Pass it to srv.Serve or
+// srv.ServeTLS in the place of ln, or to tls.NewListener, whose result goes to
+// Serve. ln may also be the result of tls.NewListener. A server with several
+// listeners needs a call for each.
 //
-// The connections are ln's own, of a comparable type, as pointers are. Accept
-// returns ln's errors, but for that of its end: when ln is closed, by Shutdown
-// or by anyone else, Accept waits until the server is shut down or closed. So
-// Serve does not return because a process was replaced; it returns
+// Accept returns ln's own connections, whose type must be comparable, as that of
+// a pointer is. It returns ln's errors, except when ln is closed, by Shutdown or
+// by another call. Accept then waits until the server is shut down or closed. So
+// Serve does not return because a process was replaced. It returns
 // http.ErrServerClosed near the end of Shutdown. Closing the returned listener
 // closes ln.
 func (d *Drainer) Listener(ln net.Listener) net.Listener {
@@ -163,22 +164,25 @@ func (d *Drainer) Listener(ln net.Listener) net.Listener {
 }
 
 // Draining returns a channel that is closed when Shutdown begins. A handler
-// that does not end by itself, such as one for server-sent events or for
-// WebSocket, ends when it is. Functions registered by srv.RegisterOnShutdown
-// run later, when all connections without HTTP/2 are through.
+// that does not end by itself should return then, for example one for
+// server-sent events or WebSocket. Functions registered by
+// srv.RegisterOnShutdown run later, when all connections without HTTP/2 have
+// ended.
 func (d *Drainer) Draining() <-chan struct{} { return d.draining }
 
-// Shutdown closes the listeners, lets every client that is connected make its
-// way to another process, and returns when no connection is left and no handler
-// runs. That takes as long as the handlers that run, Grace if a connection is
-// quiet, and two or three seconds if an HTTP/2 client does not close its
-// connection by itself. srv.Shutdown is a part of it.
+// Shutdown closes the listeners, and lets each connected client go on to the
+// next process. It returns when no connection is left and no handler runs. That
+// takes as long as the running handlers take, Grace if a connection is quiet,
+// and two or three seconds if an HTTP/2 client does not close its connection by
+// itself. Shutdown calls srv.Shutdown.
 //
-// If ctx ends before that, srv.Shutdown is called at once, which closes what is
-// idle, and the error wraps ctx's and tells what was left. A connection with a
-// request is still served then; srv.Close ends it, and Shutdown may be called
-// again to wait for it. An error that wraps ErrMisused tells of a mistake in
-// the program. Any other comes from closing a listener.
+// If ctx ends first, Shutdown calls srv.Shutdown at once, which closes idle
+// connections. The error wraps ctx's error and says what was left. A connection
+// with a request is still served after that. srv.Close ends it, or another call
+// of Shutdown waits for it.
+//
+// An error that wraps ErrMisused reports a mistake in the program. Any other
+// error comes from closing a listener.
 //
 // Shutdown may be called more than once, also at the same time.
 func (d *Drainer) Shutdown(ctx context.Context) error {
@@ -199,10 +203,13 @@ func (d *Drainer) Shutdown(ctx context.Context) error {
 
 // Counts is what a server has left.
 type Counts struct {
-	New      int // connections that have not sent a request yet
-	Active   int // connections with a request
-	Idle     int // connections between two requests
-	Handlers int // calls of the handler that run: several on an HTTP/2 connection, and those that have hijacked one
+	New    int // connections that have not sent a request yet
+	Active int // connections with a request
+	Idle   int // connections between two requests
+
+	// Handlers is the number of calls of the handler that run. An HTTP/2
+	// connection may have several. A hijacked connection is counted here alone.
+	Handlers int
 }
 
 // String returns c as a part of a sentence.
@@ -211,7 +218,7 @@ func (c Counts) String() string {
 }
 
 // Counts returns what the server has left at this moment, by state. It may be
-// called at any time, and looks at each connection.
+// called at any time. Its cost grows with the number of connections.
 func (d *Drainer) Counts() Counts {
 	n := Counts{Handlers: int(d.handlers.Load())}
 	d.conns.Range(func(_, v any) bool {
@@ -244,7 +251,7 @@ func (d *Drainer) begin() {
 	}
 	d.mu.Unlock()
 	for _, l := range open {
-		_ = l.shut() // its error is srv.Shutdown's
+		_ = l.shut() // srv.Shutdown returns the error
 	}
 }
 
@@ -257,16 +264,16 @@ func (d *Drainer) isDraining() bool {
 	}
 }
 
-// wait calls look until it is done, fails, or ctx ends. It asks again and again
-// so that the hooks, which run for every request, have nobody to tell.
+// wait calls look until look is done or fails, or ctx ends. It polls, so that
+// the hooks, which run for every request, need not signal anything.
 func (d *Drainer) wait(ctx context.Context, look func(context.Context) (done bool, err error)) error {
 	for {
 		began := time.Now()
 		if done, err := look(ctx); done || err != nil {
 			return err
 		}
-		// A look takes its time when there are many connections: then others
-		// are fewer, and the end is a little late.
+		// A look takes long when there are many connections. Looks are then less
+		// frequent, and the end is seen a little later.
 		if !sleep(ctx, min(max(5*time.Millisecond, 10*time.Since(began)), 100*time.Millisecond)) {
 			return d.ended(ctx)
 		}
@@ -277,7 +284,7 @@ func (d *Drainer) ended(ctx context.Context) error {
 	return fmt.Errorf("httpdrain: %w; left: %v", ctx.Err(), d.Counts())
 }
 
-// sleep reports whether ctx lets it sleep for so long.
+// sleep sleeps for t. It returns false if ctx ends first.
 func sleep(ctx context.Context, t time.Duration) bool {
 	timer := time.NewTimer(t)
 	defer timer.Stop()
@@ -289,10 +296,10 @@ func sleep(ctx context.Context, t time.Duration) bool {
 	}
 }
 
-// look is done when nothing is left that srv.Shutdown would break: when every
-// accept loop has ended, which is the proof that every accepted connection has
-// been reported, and there is no connection but for HTTP/2. It ends those whose
-// grace is over.
+// look is done when nothing is left that srv.Shutdown would break. Then every
+// accept loop is parked, which proves that every accepted connection has been
+// reported, and Shutdown need not wait for any connection. look also expires
+// the connections whose grace is over.
 func (d *Drainer) look(ctx context.Context) (done bool, err error) {
 	if err := d.misuse(); err != nil {
 		return false, err
@@ -323,14 +330,14 @@ func (d *Drainer) look(ctx context.Context) (done bool, err error) {
 		}
 		return true
 	})
-	// The server resets deadlines when a connection becomes idle, so those that
-	// are still there at the next look get another one. They do not all get it
-	// at once: a server goroutine should close its connection soon after a look
-	// at what has arrived on it.
+	// The server resets the deadline when a connection becomes idle. So a
+	// connection that is still there at the next look gets another deadline. They
+	// get it in batches, because a server goroutine should close its connection
+	// soon after expire has looked for unread bytes.
 	const batch, pace = 32, time.Millisecond
 	for i, c := range over {
 		if i%batch == batch-1 && !sleep(ctx, pace) {
-			break // wait finds out
+			break // wait sees that ctx has ended
 		}
 		c.expire()
 	}
@@ -341,7 +348,7 @@ func (d *Drainer) handlersDone(context.Context) (done bool, err error) {
 	return d.handlers.Load() == 0, nil
 }
 
-// misuse returns what is wrong with the use of d, as far as it is known.
+// misuse returns an error if d is used wrongly, as far as that is known.
 func (d *Drainer) misuse() error {
 	d.mu.Lock()
 	strays, wrapped := d.strays, d.wrapped
@@ -351,11 +358,11 @@ func (d *Drainer) misuse() error {
 	}
 	switch {
 	case strays > 0:
-		return fmt.Errorf("%w: Serve has got a listener that is not of Drainer.Listener", ErrMisused)
+		return fmt.Errorf("%w: Serve was called with a listener that Drainer.Listener has not returned", ErrMisused)
 	case d.late.Load() || d.reported.Load() > d.accepted.Load():
 		return fmt.Errorf("%w: Serve was called before New, or ConnContext was replaced after it", ErrMisused)
 	case !wrapped:
-		return fmt.Errorf("%w: Drainer.Listener was not called, and Serve not after New", ErrMisused)
+		return fmt.Errorf("%w: Drainer.Listener was not called, and Serve was not called after New", ErrMisused)
 	}
 	return nil
 }
@@ -367,11 +374,11 @@ func (d *Drainer) checkHandler() error {
 	return nil
 }
 
-// The hooks that New puts in the place of the server's own, and around them.
+// The hooks that New installs. Each calls the server's own hook.
 
 func (d *Drainer) baseContextHook(ln net.Listener) context.Context {
-	// Which of our listeners ln is, or is a wrapper of, shows when it is asked
-	// for its address.
+	// ln is one of our listeners or may wrap one. A call of ln.Addr shows which
+	// one, because it reaches listener.Addr.
 	d.probing.Lock()
 	d.probed.Store(nil)
 	_ = ln.Addr()
@@ -416,7 +423,7 @@ func (d *Drainer) connStateHook(nc net.Conn, state http.ConnState) {
 func (d *Drainer) note(nc net.Conn, state http.ConnState) {
 	v, ok := d.conns.Load(nc)
 	if !ok {
-		// Packages that serve a hijacked connection as HTTP/2 report it again.
+		// A package that serves a hijacked connection as HTTP/2 reports it again.
 		if !d.hijacked.Load() {
 			d.late.Store(true)
 		}
@@ -449,7 +456,7 @@ func (d *Drainer) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	if h == nil {
 		h = http.DefaultServeMux
 	}
-	sentAway := false // by its connection
+	sentAway := false // the connection itself sends GOAWAY
 	if r.ProtoMajor == 2 {
 		if c, ok := r.Context().Value(connKey{d}).(*conn); ok {
 			if sentAway = c.frames != nil; !sentAway && r.TLS == nil {
@@ -477,8 +484,9 @@ func (d *Drainer) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	h.ServeHTTP(w, r)
 }
 
-// switches reports whether r, over HTTP/1, asks for another protocol on its
-// connection. net/http refuses to upgrade to h2c, and so clients ask in vain.
+// switches reports whether r, a request over HTTP/1, asks for another protocol
+// on its connection. A request for h2c does not count, because net/http does not
+// upgrade to h2c.
 func switches(r *http.Request) bool {
 	up := r.Header.Get("Upgrade")
 	return r.Method == http.MethodConnect || up != "" && !strings.EqualFold(up, "h2c")
@@ -490,19 +498,19 @@ type conn struct {
 	nc  net.Conn
 	ctx context.Context // of its requests
 
-	// mu guards what follows, and the read deadline of a connection that is
-	// not active. It is held over no call that blocks.
+	// mu guards the fields below, and the read deadline of a connection that is
+	// not active. It is not held over a call that blocks.
 	mu      sync.Mutex
 	state   http.ConnState
-	since   time.Time  // became new or idle; zero: before draining
-	http2   bool       // by what its handshake or a request has told
-	frames  *frameConn // what is served, if it is HTTP/2 and this package's to serve
-	away    time.Time  // when its client began to be sent away
-	asked   bool       // the handshake has been asked
+	since   time.Time  // when it became new or idle; zero if that was before draining
+	http2   bool       // HTTP/2, as far as the handshake or a request has shown
+	frames  *frameConn // the connection that is served, if this package serves it as HTTP/2
+	away    time.Time  // when the first GOAWAY was wanted
+	asked   bool       // look has asked for the handshake's result
 	expired bool       // expire has set the read deadline
 }
 
-// enter notes a state that the server's own goroutine reports.
+// enter records a state that the server's own goroutine reports.
 func (c *conn) enter(state http.ConnState) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -514,7 +522,7 @@ func (c *conn) enter(state http.ConnState) {
 		return
 	}
 	if c.expired {
-		// The request was read just before: it has all its time.
+		// The request was read just before expire. It gets its full time.
 		c.expired = false
 		var t time.Time
 		if limit := c.d.srv.ReadTimeout; limit > 0 {
@@ -524,13 +532,13 @@ func (c *conn) enter(state http.ConnState) {
 	}
 }
 
-// look returns whether Shutdown has to wait for c, and whether its grace is over
-// and it is to be closed. It sends the client away that speaks HTTP/2.
+// look reports whether Shutdown has to wait for c, and whether c's grace is over
+// so that c must expire. If c is HTTP/2, look has the first GOAWAY sent.
 func (c *conn) look(began, now time.Time, grace time.Duration) (wait, expire bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	// For a new connection ConnectionState would wait until the handshake is
-	// done.
+	// On a new connection ConnectionState would wait for the end of the
+	// handshake.
 	if tc, ok := c.nc.(*tls.Conn); ok && !c.asked && c.state != http.StateNew {
 		c.asked = true
 		c.http2 = tc.ConnectionState().NegotiatedProtocol == "h2"
@@ -554,8 +562,9 @@ func (c *conn) look(began, now time.Time, grace time.Duration) (wait, expire boo
 	return now.Sub(c.away) < min(grace, awayTime), false
 }
 
-// expire makes the server's own goroutine, which waits for a request, close the
-// connection. One that has just read a request reports it, and goes on.
+// expire makes the server's own goroutine close the connection if it still waits
+// for a request. If the goroutine has just read a request, it reports the
+// request and serves it.
 func (c *conn) expire() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -569,14 +578,14 @@ func (c *conn) expire() {
 // past is a deadline that has passed.
 var past = time.Unix(1, 0)
 
-// A listener is what Serve gets. Its accept loops end when the server is shut
-// down, and wait before that.
+// A listener is what Listener returns. After draining has begun, its accept loops
+// wait until the server is shut down, and end then.
 type listener struct {
 	net.Listener
 	d      *Drainer
 	once   sync.Once
-	err    error         // of closing, after once
-	closed chan struct{} // closed under d.mu, when Close is called
+	err    error         // the result of closing, valid after once
+	closed chan struct{} // closed under d.mu when Close is called
 
 	loops, parked int  // accept loops, and how many of them wait; guarded by d.mu
 	entered       bool // Accept was called; guarded by d.mu
@@ -606,9 +615,9 @@ func (l *listener) Accept() (net.Conn, error) {
 	return nil, err
 }
 
-// enter begins a call of Accept. The first one notes that a listener which
-// seemed to be foreign to baseContextHook was a wrapper of l, and fails if the
-// server's Handler is not the Drainer's.
+// enter begins a call of Accept. The first call fails if the server's Handler is
+// not the Drainer's. If baseContextHook has taken a wrapper of l for another
+// listener, the first call corrects that.
 func (l *listener) enter() error {
 	l.d.mu.Lock()
 	defer l.d.mu.Unlock()

@@ -19,14 +19,13 @@ import (
 	"time"
 )
 
-// A load is clients of a server, of many kinds. Each is fair: it opens a new
-// connection where the protocol tells it to. None repeats a request that has
-// failed.
+// A load is a set of clients of many kinds. Each opens a new connection when the
+// protocol tells it to. None repeats a request that has failed.
 type load struct {
 	s     *server
 	grace time.Duration
-	stop  chan struct{}  // closed: begin nothing new
-	short sync.WaitGroup // clients that end by themselves then
+	stop  chan struct{}  // when it is closed, clients begin nothing new
+	short sync.WaitGroup // clients that end by themselves when stop is closed
 	long  sync.WaitGroup // clients that end when the server drains
 
 	mu   sync.Mutex
@@ -98,8 +97,8 @@ var (
 	everyKind = slices.Concat(working, staying)
 )
 
-// failed returns how many requests of clients of these kinds have failed, and
-// the kinds of which none has.
+// failed returns the number of requests of these kinds that have failed, and the
+// kinds that have no failed request.
 func (l *load) failed(kinds ...string) (n int, spared []string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -111,8 +110,8 @@ func (l *load) failed(kinds ...string) (n int, spared []string) {
 	return n, spared
 }
 
-// more returns when every kind of client that works has so many answers, or
-// failures, more.
+// more returns when every kind of client that works has n more answers or
+// failures.
 func (l *load) more(n int) {
 	l.s.T.Helper()
 	goal := map[string]int{}
@@ -132,7 +131,7 @@ func (l *load) more(n int) {
 		if time.Now().After(limit) {
 			l.s.T.Fatalf("no answers for %v", goal)
 		}
-		time.Sleep(time.Millisecond) // the counters are no event
+		time.Sleep(time.Millisecond) // no event reports a change of the counters
 	}
 }
 
@@ -160,8 +159,7 @@ func (l *load) report(t *testing.T) {
 	}
 }
 
-// A rawConn is a connection without any help: what it does is what was asked
-// for.
+// A rawConn is a plain client connection, which does nothing by itself.
 type rawConn struct {
 	net.Conn
 	r *bufio.Reader
@@ -175,8 +173,8 @@ func dialRaw(addr string) (*rawConn, error) {
 	return &rawConn{c, bufio.NewReader(c)}, c.SetDeadline(time.Now().Add(patience))
 }
 
-// get makes a request and wants this answer. It reports whether the server
-// means to close the connection, and then wants it to do so.
+// get makes a request and requires this answer. It reports whether the answer
+// says close, and then requires the server to close the connection.
 func (c *rawConn) get(path, want string, header ...string) (closed bool, err error) {
 	if err := c.send(path, header...); err != nil {
 		return false, err
@@ -211,7 +209,7 @@ func (c *rawConn) receive(want string) (closed bool, err error) {
 }
 
 func (l *load) shortConn() error {
-	time.Sleep(time.Millisecond) // or the ports run out
+	time.Sleep(time.Millisecond) // without a pause the ports would run out
 	c, err := dialRaw(l.s.plain)
 	if err != nil {
 		return err
@@ -232,8 +230,8 @@ var chunkedBody = func() string {
 	return b.String()
 }()
 
-// keepAlive uses a connection until the server means to close it. It thinks
-// between two requests.
+// keepAlive uses a connection until an answer says close. It pauses between two
+// requests.
 func (l *load) keepAlive(kind, path string, think time.Duration) error {
 	c, err := dialRaw(l.s.plain)
 	if err != nil {
@@ -251,7 +249,7 @@ func (l *load) keepAlive(kind, path string, think time.Duration) error {
 	}
 }
 
-// pieces sends the header in four.
+// pieces sends the header in four pieces.
 func (l *load) pieces() error {
 	c, err := dialRaw(l.s.plain)
 	if err != nil {
@@ -284,7 +282,7 @@ func (c lateConn) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-// handshake takes its time for one, and makes a few requests over HTTP/1.
+// handshake makes a slow TLS handshake and a few requests over HTTP/1.
 func (l *load) handshake() error {
 	raw, err := net.DialTimeout("tcp", l.s.secure, patience)
 	if err != nil {
@@ -303,7 +301,7 @@ func (l *load) handshake() error {
 	return nil
 }
 
-// upload sends a body when it is told to go on.
+// upload sends a body after the server has answered 100 Continue.
 func (l *load) upload() error {
 	c, err := dialRaw(l.s.plain)
 	if err != nil {
@@ -341,8 +339,8 @@ func (l *load) upload() error {
 }
 
 // http2 makes a request of each kind on a connection that it shares with other
-// clients. What crosses GOAWAY, and so was not processed, the transport sends
-// again, as the protocol says.
+// clients. The transport sends a request again if it crosses GOAWAY and was not
+// processed, as the protocol says.
 func (l *load) http2(transport *http.Transport) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -371,7 +369,8 @@ func (l *load) http2(transport *http.Transport) error {
 	return nil
 }
 
-// silent never sends a byte: it wants all of the grace, and then an end.
+// silent never sends a byte. It requires the connection to stay open for all of
+// the grace, and to end then.
 func (l *load) silent() error {
 	began := time.Now()
 	c, err := dialRaw(l.s.plain)
@@ -417,7 +416,7 @@ func (l *load) events() error {
 	}
 }
 
-// A deadlineReader gives each read all the time.
+// A deadlineReader sets a new deadline before each read.
 type deadlineReader struct {
 	c net.Conn
 	r io.Reader
@@ -428,7 +427,7 @@ func (d deadlineReader) Read(b []byte) (int, error) {
 	return d.r.Read(b)
 }
 
-// hijacked sends lines and wants them back, until the server says goodbye.
+// hijacked sends lines and expects them back, until the server says goodbye.
 func (l *load) hijacked() error {
 	c, err := dialRaw(l.s.plain)
 	if err != nil {

@@ -17,10 +17,10 @@ import (
 	"time"
 )
 
-// haproxyConf is for a frontend, a server, and how HTTP/2 is spoken to that.
-// HAProxy gives up requests that wait for a connection to which GOAWAY comes,
-// and closes the connections of their clients without a word. Of retry-on, the
-// second condition makes it send them anew.
+// haproxyConf takes a frontend, a server, and the settings of HTTP/2 to the
+// server. HAProxy drops requests that wait for a connection when GOAWAY arrives
+// there, and closes the connections of their clients without an answer. The
+// second condition of retry-on makes HAProxy send these requests again.
 const haproxyConf = `
 defaults
 	mode http
@@ -36,8 +36,8 @@ backend b
 	server s %s %s
 `
 
-// No upgrade shows behind a proxy that multiplexes its clients' requests over
-// HTTP/2, and none of them is processed twice.
+// Clients notice no upgrade behind a proxy that multiplexes their requests over
+// HTTP/2. No request is processed twice.
 func TestHAProxy(t *testing.T) {
 	path, err := exec.LookPath("haproxy")
 	if err != nil {
@@ -116,7 +116,7 @@ func TestHAProxy(t *testing.T) {
 	}
 }
 
-// postOnce makes a request that no client may repeat.
+// postOnce makes a request that must not be repeated.
 func postOnce(transport *http.Transport, token int64) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -137,7 +137,7 @@ func postOnce(transport *http.Transport, token int64) error {
 	return nil
 }
 
-// startHAProxy returns the path of its socket.
+// startHAProxy starts HAProxy and returns the path of its socket.
 func startHAProxy(t *testing.T, program, server, way string) string {
 	t.Helper()
 	dir := shortDir(t)

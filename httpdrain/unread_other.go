@@ -4,7 +4,7 @@ package httpdrain
 
 import "net"
 
-// hasUnread returns false, because package syscall cannot look at what has
-// arrived without taking it. A request that arrives just before its
-// connection's grace is over may be lost.
+// hasUnread returns false, because package syscall cannot peek at a connection
+// on these systems. A request that arrives just before its connection's grace is
+// over may be lost.
 func hasUnread(net.Conn) bool { return false }

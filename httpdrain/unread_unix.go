@@ -7,8 +7,8 @@ import (
 	"syscall"
 )
 
-// hasUnread reports whether something has arrived that nobody has read yet, as
-// far as the system tells. See recv(2), MSG_PEEK.
+// hasUnread reports whether bytes have arrived on nc that were not read yet, as
+// far as the system shows it (MSG_PEEK, see recv(2)).
 func hasUnread(nc net.Conn) bool {
 	for {
 		inner, ok := nc.(interface{ NetConn() net.Conn })

@@ -6,13 +6,13 @@ import (
 	"time"
 )
 
-// testGrace is longer than any client of the load thinks, however busy the
+// testGrace is longer than any client of the load pauses, however busy the
 // machine is.
 const testGrace = 2 * time.Second
 
 const upgrades = 50
 
-// Fifty upgrades under every kind of client, and not one of them notices.
+// No client of any kind notices fifty upgrades.
 func TestUpgradesLoseNothing(t *testing.T) {
 	s := startServer(t, byDrainer, testGrace)
 	l := startLoad(s, testGrace)
@@ -46,8 +46,8 @@ func TestUpgradesLoseNothing(t *testing.T) {
 	}
 }
 
-// What the drainer is good for: the same clients lose requests by what
-// everyone does, which is http.Server.Shutdown.
+// The same clients lose requests by http.Server.Shutdown, so that the Drainer is
+// needed.
 func TestPlainShutdownLoses(t *testing.T) {
 	s := startServer(t, byShutdown, testGrace)
 	l := startLoad(s, testGrace)
@@ -63,13 +63,13 @@ func TestPlainShutdownLoses(t *testing.T) {
 	l.end()
 	l.report(t)
 	if failed == 0 {
-		// TestLoadNotices shows that it is not the load which has gone blind.
+		// TestLoadNotices shows that the load itself sees lost requests.
 		t.Skipf("http.Server.Shutdown has lost no request in %d upgrades: this Go seems to have mended it", done)
 	}
 }
 
-// Every kind of client notices a server that drops what it has. So it would
-// notice a drainer that does.
+// Every kind of client notices a server that drops its connections. So it would
+// also notice a Drainer that drops them.
 func TestLoadNotices(t *testing.T) {
 	s := startServer(t, byClose, testGrace)
 	l := startLoad(s, testGrace)
