@@ -42,6 +42,9 @@
 // the goroutine that called them. All methods of an Upgrader may be called from several
 // goroutines at once, and from the hooks in Options.
 //
+// docs/control.md and docs/handing-on.md are guides to what this package does,
+// and README.md lists the others.
+//
 // It runs on Linux, macOS, FreeBSD, NetBSD, OpenBSD and DragonFly BSD.
 // On other systems, such as Windows, it compiles so that a program can be built
 // and tried there: New, Listen, Ready and Stop work as in the first process of a

@@ -19,6 +19,8 @@
 //
 // The package uses the standard library alone and works with any listener. It
 // logs nothing, and has no goroutine apart from those that run Handler.
+//
+// docs/servers.md has the lines for many libraries.
 package drain
 
 import (

@@ -41,6 +41,8 @@
 // is made for those of package ecdysis, but does not import it. It builds on
 // every system. On systems other than Unix a request may be lost if it arrives
 // just before the grace of its connection is over.
+//
+// docs/web.md is its guide, and says what to set in proxies.
 package httpdrain
 
 import (

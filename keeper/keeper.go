@@ -7,6 +7,8 @@
 // The package is for Linux. Under systemd it is not needed. Under an init
 // process, as with docker run --init, it is needed, because the init process
 // ends with its first child, and the container ends with the init process.
+//
+// docs/containers.md, docs/supervisors.md and docs/embedded.md have its use.
 package keeper
 
 import "fmt"

@@ -8,7 +8,7 @@
 // is all that a program of Type=notify or Type=notify-reload needs, with
 // NotifyAccess= at its default. [Adopt] takes the sockets of socket units,
 // [Notifier.Restore] and [Notifier.Store] keep sockets in systemd's file
-// descriptor store. The units in the README are tested ones.
+// descriptor store. The units in docs/systemd.md are tested.
 //
 // systemd listens to a unit's main process alone, and takes a process for its
 // own only if it is its child. So Setup makes each successor a child of

@@ -1,10 +1,6 @@
 package tableflip
 
-import (
-	"testing"
-
-	"github.com/ecdysis-go/ecdysis"
-)
+import "testing"
 
 // TestNames keeps the names in package ecdysis, by which the next version finds
 // what this one hands on.
@@ -50,21 +46,4 @@ func FuzzNames(f *testing.F) {
 			t.Errorf("%q is the name of %q; want %q", k.name(), got, k)
 		}
 	})
-}
-
-func ExampleInherit() {
-	// The running version uses github.com/cloudflare/tableflip, or this one.
-	u, err := Inherit(ecdysis.Options{})
-	if err != nil {
-		panic(err)
-	}
-	ln, err := u.Listen("tcp", "localhost:8080")
-	if err != nil {
-		panic(u.Fail(err))
-	}
-	if err := u.Ready(); err != nil {
-		panic(err)
-	}
-	_ = ln // to accept on until Wait returns
-	u.Wait()
 }

@@ -447,3 +447,58 @@ func TestBadFlags(t *testing.T) {
 		}
 	}
 }
+
+// A root directory that has the program and a directory for its sockets is enough:
+// no /proc, no /dev, no /tmp, no library.
+func TestBareRoot(t *testing.T) {
+	t.Parallel()
+	proctest.OnlyOn(t, "a program without cgo needs no library", "linux")
+	if os.Getuid() != 0 {
+		t.Skip("chroot(2) needs root")
+	}
+	root := proctest.ShortDir(t)
+	if err := os.Mkdir(filepath.Join(root, "run"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("go", "build", "-o", filepath.Join(root, "echod"), ".")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	cmd = &exec.Cmd{
+		Path:        "/echod",
+		Args:        []string{"/echod", "-tcp", "127.0.0.1:0", "-unix", "/run/sock", "-pidfile", "/run/pid", "-control", "/run", "-probation", "1ms"},
+		Env:         []string{},
+		Dir:         "/",
+		SysProcAttr: &syscall.SysProcAttr{Chroot: root},
+	}
+	p := proctest.Run(t, cmd)
+	addr := p.Await(`listening on tcp (\S+)`)[1]
+	p.Ready(0)
+	for g := 1; g < 4; g++ {
+		reply, err := ecdysis.Request(t.Context(), filepath.Join(root, "run/upgrade"))
+		if err != nil || reply.Generation != g {
+			t.Fatalf("upgrade %d: %v, %v", g, reply, err)
+		}
+		for network, address := range map[string]string{"tcp": addr, "unix": filepath.Join(root, "run/sock")} {
+			c, err := net.DialTimeout(network, address, proctest.Patience)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.WriteString(c, "hello"); err != nil {
+				t.Fatal(err)
+			}
+			b := make([]byte, 5)
+			if _, err := io.ReadFull(c, b); err != nil || string(b) != "hello" {
+				t.Fatalf("%q, %v", b, err)
+			}
+			c.Close()
+		}
+	}
+	if _, err := ecdysis.Request(t.Context(), filepath.Join(root, "run/stop")); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(filepath.Join(root, "run")); err != nil || len(left) != 0 {
+		t.Errorf("a stop has left %v, %v", left, err)
+	}
+}
