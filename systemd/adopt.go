@@ -15,36 +15,40 @@ import (
 // firstPassed is the number of the first descriptor that systemd passes.
 const firstPassed = 3
 
-// Adopt takes the sockets that systemd has passed to this process, of socket
-// units and of the descriptor store (sd_listen_fds(3)), and is called after
-// [ecdysis.New] and before anything listens. Their names are those of
-// FileDescriptorName= in the socket unit or, without it, of the unit, such as
-// "web.socket". systemd's own names are "stored" for what was stored without
-// one and "connection" for the one of a unit with Accept=yes; what comes without
-// names, by another program than systemd, is "unknown".
+// Adopt takes the sockets that systemd has passed to this process, from socket
+// units and from the descriptor store (sd_listen_fds(3)). Call it after
+// [ecdysis.New] and before the program listens. A socket's name is that of
+// FileDescriptorName= in the socket unit. Without that line it is the unit's
+// name, such as "web.socket".
 //
-// Then, in this process and in its successors,
+// systemd names a descriptor "stored" if it was stored without a name, and
+// "connection" if it is the connection of a unit with Accept=yes. Descriptors
+// that another program than systemd has passed without names are "unknown".
+//
+// After Adopt, in this process and in its successors,
 //
 //   - Upgrader.Listen and ListenPacket find a socket by its address, so that a
 //     program need not know whether there is a socket unit;
-//   - Upgrader.Listener and PacketConn find it by its name, and with equal names
-//     one after the other. The order within a socket unit is that of the unit;
-//     across units it is not stable: there the names have to tell;
+//   - Upgrader.Listener and PacketConn find a socket by its name. Sockets with
+//     equal names are returned one after the other, in the order of their socket
+//     unit. The order across units is not stable, so sockets of several units
+//     need different names;
 //   - Upgrader.Conn finds a connection by its name;
-//   - Upgrader.File finds anything else: FIFOs, devices, message queues.
+//   - Upgrader.File finds anything else, such as FIFOs, devices and message
+//     queues.
 //
-// What is not asked for stays with this process, is handed on, and is closed by
-// the successor if that does not ask, either.
+// A descriptor that the program does not ask for stays with this process and is
+// handed on. The successor closes it if the successor does not ask for it either.
 //
-// In a successor, which has all this from the older process, there is nothing to
-// adopt, and neither is there if the variables (LISTEN_FDS and its like) are not
-// set or, by LISTEN_PID, another process's. They are removed from the
-// environment in any case. The descriptors get close-on-exec; sockets and FIFOs
-// become non-blocking, whatever NonBlocking= in the unit says.
+// Adopt does nothing in a successor, which inherits the sockets from its
+// predecessor. It also does nothing if the variables, such as LISTEN_FDS, are not
+// set or LISTEN_PID names another process. It removes the variables from the
+// environment in any case. It sets close-on-exec on the descriptors, and makes
+// sockets and FIFOs non-blocking whether or not the unit has NonBlocking=.
 //
-// An error says which variable has not the form that systemd gives it, or which
-// descriptor is not open. Then nothing was adopted, and what was passed is
-// closed. The errors of AddFile are among them.
+// An error says which variable does not have systemd's form, or which descriptor
+// is not open, or comes from AddFile. Nothing was adopted then, and the passed
+// descriptors are closed.
 func Adopt(u *ecdysis.Upgrader) error {
 	_, err := adopt(u, false)
 	return err
@@ -56,8 +60,8 @@ type passed struct {
 	name string
 }
 
-// adopt returns what was adopted. Of a Unix socket whose file has gone, which no
-// client can find, there is nothing to restore.
+// adopt returns what was adopted. With restore it leaves out Unix sockets whose
+// file has gone, because no client can find them.
 func adopt(u *ecdysis.Upgrader, restore bool) ([]storedSocket, error) {
 	list, err := passedHere()
 	if err != nil {
@@ -94,7 +98,7 @@ func passedHere() ([]passed, error) {
 	fds, isFDs := os.LookupEnv("LISTEN_FDS")
 	names, named := os.LookupEnv("LISTEN_FDNAMES")
 	for _, name := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"} {
-		_ = os.Unsetenv(name) // fails for no name like these
+		_ = os.Unsetenv(name) // cannot fail for these names
 	}
 	if !isPID || !isFDs {
 		return nil, nil
@@ -126,14 +130,14 @@ func passedHere() ([]passed, error) {
 	if len(list) < count {
 		missing := firstPassed + len(list)
 		closePassed(list)
-		return nil, fmt.Errorf("LISTEN_FDS is %d, and descriptor %d was not passed, or something else in this process has taken or closed it", count, missing)
+		return nil, fmt.Errorf("LISTEN_FDS is %d, but descriptor %d was not passed, or this process has closed or replaced it", count, missing)
 	}
 	return list, nil
 }
 
-// inherited returns the descriptors that were passed, up to the first that was
-// not. What this process has opened itself, as the Go runtime has, is
-// close-on-exec; what was passed is not.
+// inherited returns the descriptors that were passed, up to the first one that
+// was not. A passed descriptor is not close-on-exec. One that this process or the
+// Go runtime has opened is close-on-exec.
 func inherited(count int) []passed {
 	var list []passed
 	for fd := firstPassed; fd-firstPassed < count; fd++ {
@@ -152,8 +156,8 @@ func closePassed(list []passed) {
 	}
 }
 
-// file takes p over. What can be waited for becomes non-blocking, so that os and
-// net wait for it as for files of their own.
+// file returns p as a file. Sockets and FIFOs become non-blocking, so that os and
+// net wait for them as for files of their own.
 func (p passed) file() (*os.File, error) {
 	var st unix.Stat_t
 	err := unix.Fstat(p.fd, &st)
@@ -167,7 +171,7 @@ func (p passed) file() (*os.File, error) {
 	return os.NewFile(uintptr(p.fd), p.name), nil
 }
 
-// add brings f in: as a connection if it is one that net knows.
+// add adds f to u, as a connection if net knows its kind.
 func add(u *ecdysis.Upgrader, p passed, f *os.File) error {
 	peer, err := unix.Getpeername(p.fd)
 	if err == nil {
@@ -184,7 +188,7 @@ func add(u *ecdysis.Upgrader, p passed, f *os.File) error {
 	return u.AddFile(p.name, f)
 }
 
-// fileGone reports whether fd is bound to a path at which no socket is.
+// fileGone reports whether fd is bound to a path where there is no socket now.
 func fileGone(fd int) bool {
 	sa, err := unix.Getsockname(fd)
 	if err != nil {
@@ -198,7 +202,8 @@ func fileGone(fd int) bool {
 	return unix.Stat(su.Name, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFSOCK
 }
 
-// inode is what tells a socket from every other one that is there.
+// inode returns the number that distinguishes a socket from all others that are
+// open now.
 func inode(fd int) uint64 {
 	var st unix.Stat_t
 	if unix.Fstat(fd, &st) != nil {

@@ -23,18 +23,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A process is this test binary as another program.
+// A process is this test binary, run under another name.
 type process struct {
 	t     *testing.T
 	cmd   *exec.Cmd
 	in    io.WriteCloser
-	lines chan string // of its standard output and error; closed at their end
-	found string      // the line that expect has found
+	lines chan string // of standard output and error, closed at their end
+	found string      // the last line that expect has returned
 }
 
-// passing is a shell that starts a program as systemd does: LISTEN_PID is
-// known only to the process itself. Descriptors that are to be closed stand
-// before it.
+// passing is a shell script that starts a program as systemd does. The script
+// sets LISTEN_PID, because only the process itself knows its PID. Tests put
+// commands that close descriptors before it.
 const passing = `LISTEN_PID=${LISTEN_PID-$$} exec "$0" "$@"`
 
 func program(t *testing.T, name string, start func(*exec.Cmd), args ...string) *process {
@@ -53,7 +53,7 @@ func program(t *testing.T, name string, start func(*exec.Cmd), args ...string) *
 			p.cmd.Env = append(p.cmd.Env, v)
 		}
 	}
-	p.cmd.Env = append(p.cmd.Env, "GORACE=atexit_sleep_ms=0") // it is a second otherwise
+	p.cmd.Env = append(p.cmd.Env, "GORACE=atexit_sleep_ms=0") // the race detector would sleep for a second
 	if start != nil {
 		start(p.cmd)
 	}
@@ -86,7 +86,7 @@ func program(t *testing.T, name string, start func(*exec.Cmd), args ...string) *
 	return p
 }
 
-// line returns the next line; "": there is none any more.
+// line returns the next line, or "" if there are no more.
 func (p *process) line() string {
 	p.t.Helper()
 	timer := time.NewTimer(patience)
@@ -100,7 +100,7 @@ func (p *process) line() string {
 	}
 }
 
-// expect returns the lines up to one that begins like this.
+// expect returns the lines up to the first with this prefix.
 func (p *process) expect(prefix string) []string {
 	p.t.Helper()
 	var list []string
@@ -116,8 +116,8 @@ func (p *process) expect(prefix string) []string {
 	}
 }
 
-// wait ends all generations of a program that reads its standard input, and
-// returns the first one's exit status.
+// wait ends all generations of a program that reads its standard input. It
+// returns the exit status of the first generation.
 func (p *process) wait() int {
 	p.t.Helper()
 	p.in.Close()
@@ -143,9 +143,9 @@ func inode(t *testing.T, c syscall.Conn) uint64 {
 
 func init() { mains["adopter"] = adopterMain }
 
-// adopterMain adopts, and says what it finds by the queries that are its
-// arguments, in every generation. It is upgraded by SIGHUP, and all generations
-// end with their standard input.
+// adopterMain adopts. In every generation it prints what it finds by the queries
+// in its arguments. SIGHUP upgrades it, and all generations end with their
+// standard input.
 func adopterMain() {
 	die := func(err error) {
 		fmt.Println("error:", err)
@@ -164,7 +164,7 @@ func adopterMain() {
 		fmt.Println("sockets", before, "then", openSockets())
 		die(u.Fail(err))
 	}
-	if err := systemd.Adopt(u); err != nil { // which has nothing to do
+	if err := systemd.Adopt(u); err != nil { // a second call does nothing
 		die(u.Fail(err))
 	}
 	for _, q := range os.Args[1:] {
@@ -262,7 +262,7 @@ func openSockets() int {
 	return n
 }
 
-// A file of each kind that systemd passes.
+// kinds returns a file of each kind that systemd passes.
 func kinds(t *testing.T) map[string]*os.File {
 	t.Helper()
 	files := make(map[string]*os.File)
@@ -333,7 +333,7 @@ func adopter(t *testing.T, shell string, files []*os.File, env []string, queries
 	})
 }
 
-// All kinds by their names, here and in two successors.
+// All kinds are found by their names, in the first process and two successors.
 func TestAdopt(t *testing.T) {
 	t.Parallel()
 	f := kinds(t)
@@ -351,11 +351,11 @@ func TestAdopt(t *testing.T) {
 	}
 	want := []struct{ query, kind, is string }{
 		{"Listener web", "tcp", "*ecdysis.listener"},
-		{"Listener web", "tcp2", "*ecdysis.listener"}, // the second of that name
+		{"Listener web", "tcp2", "*ecdysis.listener"}, // the second socket of that name
 		{"Listener web", "", ""},
-		{"Listener my.socket", "unix", "*ecdysis.listener"}, // of the unit, without FileDescriptorName=
+		{"Listener my.socket", "unix", "*ecdysis.listener"}, // the unit's name, without FileDescriptorName=
 		{"PacketConn dns", "udp", "*ecdysis.UDPConn"},
-		{"PacketConn unknown", "unixgram", "*ecdysis.UnixgramConn"}, // an empty name is none
+		{"PacketConn unknown", "unixgram", "*ecdysis.UnixgramConn"}, // an empty name counts as no name
 		{"Listener seq", "seqpacket", "*ecdysis.SeqpacketListener"},
 		{"File fifo", "fifo", "*os.File"},
 		{"File stored", "device", "*os.File"},
@@ -385,7 +385,7 @@ func TestAdopt(t *testing.T) {
 	}
 	p.wait()
 
-	// By their addresses; without names.
+	// Sockets without names are found by their addresses.
 	queries = []string{"Listen tcp " + address("tcp2"), "Listener unknown", "Listener unknown"}
 	lines = []string{
 		fmt.Sprintf("%s *ecdysis.listener %d", queries[0], inode(t, f["tcp2"])),
@@ -399,7 +399,7 @@ func TestAdopt(t *testing.T) {
 	p.wait()
 }
 
-// upgrade is for the generation that was ready last.
+// upgrade upgrades the generation that became ready last.
 func (p *process) upgrade() {
 	p.t.Helper()
 	var generation, pid int
@@ -428,7 +428,7 @@ func TestAdoptNothing(t *testing.T) {
 			}
 			p := adopter(t, shell, []*os.File{f["tcp"]}, env, "Listener web", "Listener unknown")
 			got := p.expect("ready 0")
-			// What is not passed to this process is not for it to touch.
+			// A descriptor that was not passed to this process is left alone.
 			if want := []string{"Listener web none", "Listener unknown none", "not close-on-exec 3"}; !slices.Equal(got, want) {
 				t.Fatalf("%q; want %q", got, want)
 			}
@@ -446,7 +446,7 @@ func TestAdoptErrors(t *testing.T) {
 		files []*os.File
 		env   []string
 		says  string
-		left  int // of the sockets
+		left  int // sockets that stay open
 	}{
 		"PID":            {passing, two, []string{"LISTEN_PID=me", "LISTEN_FDS=2"}, `LISTEN_PID is "me"; want a process ID`, 2},
 		"PID 0":          {passing, two, []string{"LISTEN_PID=0", "LISTEN_FDS=2"}, `LISTEN_PID is "0"; want a process ID`, 2},
@@ -455,7 +455,7 @@ func TestAdoptErrors(t *testing.T) {
 		"too few names":  {passing, two, []string{"LISTEN_FDS=2", "LISTEN_FDNAMES=a"}, `LISTEN_FDNAMES is "a", which is 1 names for the 2 descriptors`, 0},
 		"too many names": {passing, two, []string{"LISTEN_FDS=2", "LISTEN_FDNAMES=a:b:c"}, `LISTEN_FDNAMES is "a:b:c", which is 3 names for the 2 descriptors`, 0},
 		"a name":         {passing, []*os.File{f["tcp"], f["udp"], f["unix"]}, []string{"LISTEN_FDS=3", "LISTEN_FDNAMES=a:" + strings.Repeat("x", 5000) + ":b"}, "descriptor 4: ", 0},
-		"too many":       {passing, two, []string{"LISTEN_FDS=3"}, "LISTEN_FDS is 3, and descriptor 5 was not passed", 0},
+		"too many":       {passing, two, []string{"LISTEN_FDS=3"}, "LISTEN_FDS is 3, but descriptor 5 was not passed", 0},
 		"far too many":   {passing, two, []string{"LISTEN_FDS=2000000000"}, "descriptor 5 was not passed", 0},
 		"closed":         {"exec 3<&-; " + passing, two, []string{"LISTEN_FDS=2", "LISTEN_FDNAMES=a:b"}, "descriptor 3 was not passed", 1},
 		"closed, second": {"exec 4<&-; " + passing, two, []string{"LISTEN_FDS=2", "LISTEN_FDNAMES=a:b"}, "descriptor 4 was not passed", 0},

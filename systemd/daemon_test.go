@@ -21,8 +21,8 @@ import (
 	"github.com/ecdysis-go/ecdysis/systemd"
 )
 
-// A conf is what the daemon of these tests reads when it starts, so that a
-// test can change what the next generation does.
+// A conf is the configuration that the daemon of these tests reads at its start.
+// A test changes it to change what the next generation does.
 //
 //	listen=web tcp 127.0.0.1:7001   any number of these: name, network, address
 //	name=web                        take this listener by its name
@@ -83,7 +83,7 @@ func daemonMain() {
 		Notify:         func(e ecdysis.Event) { log.Print(e) },
 	}
 	n, err := systemd.Setup(&opts)
-	if errors.Is(err, systemd.ErrNoSocket) { // Type=forking, which needs one thing of it
+	if errors.Is(err, systemd.ErrNoSocket) { // Type=forking needs only the sibling
 		opts.Prepare = func(c *ecdysis.Command) error {
 			c.Sibling = true
 			return nil
@@ -143,7 +143,7 @@ func daemonMain() {
 		select {}
 	case "fail":
 		log.Fatal(u.Fail(errors.New("bad\nMAINPID=1\nconfiguration")))
-	case "hold": // until the test has opened the other end and closed it
+	case "hold": // wait until the test has opened the other end and closed it
 		f, err := os.Open(c.get("fifo"))
 		if err == nil {
 			_, err = io.Copy(io.Discard, f)
@@ -176,7 +176,7 @@ func daemonMain() {
 		fmt.Fprintf(conn, "%d %d\n", os.Getpid(), u.Generation())
 		_, _ = io.Copy(conn, conn)
 	}
-	if c.get("do") == "die" { // in its probation, after a client and with no other
+	if c.get("do") == "die" { // during probation, after one client and with no other
 		conn, err := serve[0].Accept()
 		if err != nil {
 			log.Fatal(err)

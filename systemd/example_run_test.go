@@ -44,7 +44,7 @@ func TestExample(t *testing.T) {
 	m.gets("READY=1")
 	main := p.cmd.Process.Pid
 	t.Cleanup(func() {
-		if main != p.cmd.Process.Pid { // a child of this process, which reaps it
+		if main != p.cmd.Process.Pid { // the successor is a child of this process, which reaps it
 			_ = unix.Kill(main, unix.SIGKILL)
 			_, _ = unix.Wait4(main, nil, 0, nil)
 		}
@@ -72,7 +72,7 @@ func TestExample(t *testing.T) {
 	if got := m.next().text; !strings.HasPrefix(got, "READY=1\nSTATUS=upgrade failed") {
 		t.Fatalf("systemd got %q; want a failed upgrade", got)
 	}
-	if err := unix.Kill(main, unix.SIGTERM); err != nil { // which Wait, that runs, acts on
+	if err := unix.Kill(main, unix.SIGTERM); err != nil { // Wait, which runs, acts on it
 		t.Fatal(err)
 	}
 	m.gets("STOPPING=1")
@@ -83,7 +83,7 @@ func TestExample(t *testing.T) {
 	main = p.cmd.Process.Pid
 	p.wait()
 
-	// Without systemd it is up when the log says so.
+	// Without systemd the log shows when the example is ready.
 	p = runExample(t, "example", nil, nil)
 	if l := p.line(); !strings.Contains(l, "ready: ") {
 		t.Fatalf("the example says %q", l)

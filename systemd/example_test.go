@@ -23,7 +23,7 @@ var address = "127.0.0.1:7000"
 // without one. It runs without systemd, too.
 func Example() {
 	opts := ecdysis.Options{
-		UpgradeSignals: []os.Signal{syscall.SIGHUP}, // which systemctl reload sends
+		UpgradeSignals: []os.Signal{syscall.SIGHUP}, // systemctl reload sends it
 		StopSignals:    []os.Signal{syscall.SIGTERM},
 		Notify:         func(e ecdysis.Event) { log.Print(e) },
 	}
@@ -37,7 +37,7 @@ func Example() {
 	if err := systemd.Adopt(u); err != nil {
 		log.Fatal(u.Fail(err))
 	}
-	ln, err := u.Listen("tcp", address) // the socket unit's, if that has this address
+	ln, err := u.Listen("tcp", address) // the socket unit's socket, if it has this address
 	if err != nil {
 		log.Fatal(u.Fail(err))
 	}
@@ -62,8 +62,8 @@ func serve(c net.Conn) {
 	_, _ = io.Copy(c, c)
 }
 
-// The sockets of a unit with FileDescriptorName=web and several ListenStream=,
-// whatever their addresses are.
+// A socket unit has FileDescriptorName=web and several ListenStream=. The program
+// serves all of them, whatever their addresses are.
 func ExampleAdopt() {
 	u, err := ecdysis.New(ecdysis.Options{UpgradeSignals: []os.Signal{syscall.SIGHUP}})
 	if err != nil {
@@ -74,7 +74,7 @@ func ExampleAdopt() {
 	}
 	var listeners []net.Listener
 	for {
-		ln, err := u.Listener("web") // each call returns the next one
+		ln, err := u.Listener("web") // each call returns the next socket
 		if errors.Is(err, fs.ErrNotExist) {
 			break
 		}
@@ -93,7 +93,7 @@ func ExampleAdopt() {
 	u.Wait()
 }
 
-// A daemon whose sockets systemd keeps: they survive systemctl restart and a
+// systemd keeps the sockets of this daemon. They survive systemctl restart and a
 // crash.
 func ExampleNotifier_Store() {
 	opts := ecdysis.Options{UpgradeSignals: []os.Signal{syscall.SIGHUP}}
@@ -108,7 +108,7 @@ func ExampleNotifier_Store() {
 	if err := n.Restore(u); err != nil { // in the place of Adopt
 		log.Fatal(u.Fail(err))
 	}
-	ln, err := u.Listen("tcp", address) // the one that was kept, if there is one
+	ln, err := u.Listen("tcp", address) // the socket that was kept, if there is one
 	if err != nil {
 		log.Fatal(u.Fail(err))
 	}
@@ -121,8 +121,8 @@ func ExampleNotifier_Store() {
 	u.Wait()
 }
 
-// A unit with WatchdogSec= is restarted unless its program says in time that it
-// is well.
+// systemd restarts a unit with WatchdogSec= unless its program sends a sign of
+// life in time.
 func ExampleNotifier_Watchdog() {
 	var opts ecdysis.Options
 	n, err := systemd.Setup(&opts)
@@ -151,10 +151,10 @@ func ExampleNotifier_Watchdog() {
 	u.Wait()
 }
 
-// well is whatever a program knows of itself.
+// well reports whether the program works, as far as it can tell.
 func well() bool { return true }
 
-// A start that takes long says how far it is, and that it goes on.
+// A start that takes long reports its progress, and asks for more time.
 func ExampleNotifier_Status() {
 	var opts ecdysis.Options
 	n, err := systemd.Setup(&opts)
@@ -178,5 +178,5 @@ func ExampleNotifier_Status() {
 	u.Wait()
 }
 
-// read is what takes long.
+// read is the part of the start that takes long.
 func read(int) {}

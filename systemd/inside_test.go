@@ -33,7 +33,7 @@ type service struct {
 	name   string
 	base   string // in testdata/units
 	dropIn string // for the service's section
-	socket string // drop-in of its socket unit; "": none
+	socket string // drop-in of its socket unit, or "" for no such unit
 	test   func(d *daemon)
 }
 
@@ -83,7 +83,7 @@ func TestInside(t *testing.T) {
 type daemon struct {
 	t *testing.T
 	*service
-	network, address string // where it is asked
+	network, address string // of the test's clients
 }
 
 func systemctl(t *testing.T, args ...string) string {
@@ -124,7 +124,7 @@ func (d *daemon) show(property string) string {
 	return systemctl(d.t, "show", "--value", "-p", property, d.name)
 }
 
-// await returns when a property is one of these.
+// await returns when a property has one of these values.
 func (d *daemon) await(property string, want ...string) {
 	d.t.Helper()
 	end := time.Now().Add(patience)
@@ -133,7 +133,7 @@ func (d *daemon) await(property string, want ...string) {
 		if time.Now().After(end) {
 			d.t.Fatalf("%s is %q; want %q", property, got, want)
 		}
-		time.Sleep(10 * time.Millisecond) // systemd has no other way to ask without D-Bus
+		time.Sleep(10 * time.Millisecond) // without D-Bus there is no event to wait for
 	}
 }
 
@@ -157,8 +157,8 @@ func (d *daemon) reload() {
 	systemctl(d.t, "reload", d.name)
 }
 
-// serves asserts that the unit is active, and that its main process is the one
-// that answers, as this generation.
+// serves asserts that the unit is active, and that its main process answers as
+// this generation.
 func (d *daemon) serves(generation int) int {
 	d.t.Helper()
 	if s := d.show("ActiveState") + " " + d.show("SubState"); s != "active running" {
@@ -173,7 +173,7 @@ func (d *daemon) serves(generation int) int {
 }
 
 // alone returns when the older generations have served their last clients and
-// exited: a stop or restart would end them.
+// exited. A stop or restart would end them before.
 func (d *daemon) alone() {
 	d.t.Helper()
 	path := "/sys/fs/cgroup" + d.show("ControlGroup") + "/cgroup.procs"
@@ -191,7 +191,7 @@ func (d *daemon) alone() {
 	}
 }
 
-// logs asserts that the journal of the unit has a line, or none, with a text.
+// logs asserts that the journal of the unit has a line with a text, or has none.
 func (d *daemon) logs(text string, want bool) {
 	d.t.Helper()
 	_ = exec.Command("journalctl", "--sync").Run()
@@ -204,7 +204,7 @@ func (d *daemon) logs(text string, want bool) {
 	}
 }
 
-// A client is one that the daemon has greeted.
+// A client is a connection that the daemon has greeted.
 type client struct {
 	net.Conn
 	t               *testing.T
@@ -241,7 +241,7 @@ func (d *daemon) connect() (*client, error) {
 	return c, nil
 }
 
-// ask sends a line and returns how that went.
+// ask sends a line, and returns an error unless the daemon sends it back.
 func (c *client) ask(text string) error {
 	_ = c.SetDeadline(time.Now().Add(patience))
 	if _, err := io.WriteString(c, text+"\n"); err != nil {
@@ -265,8 +265,8 @@ func (c *client) asks(text string) {
 // which asserts that there were many and that none of them failed.
 func (d *daemon) load() (check func()) { return d.loadUntil(new(atomic.Bool)) }
 
-// loadUntil is load for a service that is stopped after ended is set: from then
-// on a client may come too late, but whoever was greeted is served.
+// loadUntil is load for a service that is stopped after ended is set. From then
+// on a client may come too late, but every client that was greeted is served.
 func (d *daemon) loadUntil(ended *atomic.Bool) (check func()) {
 	d.t.Helper()
 	stop := make(chan struct{})
@@ -298,7 +298,7 @@ func (d *daemon) loadUntil(ended *atomic.Bool) (check func()) {
 				} else {
 					answered.Add(1)
 				}
-				time.Sleep(200 * time.Microsecond) // leaves the machine to the others
+				time.Sleep(200 * time.Microsecond) // leaves processor time for the other parts
 			}
 		})
 	}
@@ -314,7 +314,7 @@ func (d *daemon) loadUntil(ended *atomic.Bool) (check func()) {
 	}
 }
 
-// A reloading is a systemctl reload that runs.
+// A reloading is a running systemctl reload.
 type reloading struct {
 	t    *testing.T
 	done chan error
@@ -350,8 +350,8 @@ func (r reloading) runs(d time.Duration) {
 	}
 }
 
-// fifo makes the FIFO that a successor with do=hold waits at. held returns when
-// one does, with what lets it go on.
+// fifo makes the FIFO at which a successor with do=hold waits. held returns when a
+// successor waits there. Its result lets the successor go on.
 func (d *daemon) fifo() (path string, held func() (release func())) {
 	d.t.Helper()
 	path = "/run/" + d.name + ".fifo"
@@ -379,7 +379,7 @@ func testReload(d *daemon) {
 	check := d.load()
 	old := d.dial()
 
-	// It returns when the successor serves, and not before.
+	// The reload returns when the successor serves, and not before.
 	d.configure(append(normal, "do=hold", "fifo="+fifo)...)
 	r := d.startReload()
 	release := held()
@@ -392,7 +392,7 @@ func testReload(d *daemon) {
 	r.wait()
 	d.serves(1)
 
-	// While the old one drains, and ten in a row.
+	// Ten reloads follow each other while the first process drains.
 	d.configure(normal...)
 	old.asks("still served")
 	for i := range 10 {
@@ -402,7 +402,7 @@ func testReload(d *daemon) {
 	old.asks("still served")
 	old.Close()
 
-	// Two at once.
+	// Two reloads run at once.
 	before := d.main()
 	a, b := d.startReload(), d.startReload()
 	a.wait()
@@ -413,8 +413,8 @@ func testReload(d *daemon) {
 	}
 	c.Close()
 
-	// A signal that is not systemd's reloads the unit, too, and one that meets a
-	// reload keeps nobody waiting.
+	// A signal that systemd has not sent reloads the unit, too. A signal during a
+	// reload does not delay anything.
 	for range 10 {
 		before := d.main()
 		r := d.startReload()
@@ -422,7 +422,7 @@ func testReload(d *daemon) {
 			d.t.Fatal(err)
 		}
 		r.wait()
-		d.await("ActiveState", "active") // one of the two may still be on its way
+		d.await("ActiveState", "active") // one of the two reloads may still run
 		if now := d.main(); now == before {
 			d.t.Fatalf("the main process is still %d", now)
 		}
@@ -433,7 +433,7 @@ func testReload(d *daemon) {
 	d.clean()
 }
 
-// clean asserts that systemd had nothing to object to.
+// clean asserts that systemd has logged no complaint.
 func (d *daemon) clean() {
 	d.t.Helper()
 	for _, text := range []string{"not our child", "SIGKILL", "permitted", "Killing", "timed out", "ignoring", "Left behind"} {
@@ -447,7 +447,7 @@ func testFailures(d *daemon) {
 	first := d.start()
 	check := d.load()
 	for _, c := range []struct{ do, reason string }{
-		{"crash", "exit status 3"}, // nobody knows more: the successor is systemd's child
+		{"crash", "exit status 3"}, // no more is known, because the successor is systemd's child
 		{"hang", "not ready within 500ms"},
 		{"fail", "it says: bad MAINPID=1 configuration"},
 		{"die", "failed at probation"},
@@ -498,7 +498,8 @@ func testNotify(d *daemon) {
 			d.t.Fatalf("after %s the status is %q; want the reason, %q", do, text, reason)
 		}
 	}
-	// Two at once: one is done, and systemd makes one of them or has the other told.
+	// Of two reloads at once, one upgrade is done. systemd merges the reloads, or the
+	// second one fails.
 	d.configure(normal...)
 	a, b := d.startReload(), d.startReload()
 	if err := errors.Join(<-a.done, <-b.done); err != nil && !strings.Contains(err.Error(), "failed") {
@@ -512,7 +513,7 @@ func testNotify(d *daemon) {
 	d.clean()
 }
 
-// The limit of the unit is not what limits an upgrade.
+// TimeoutStartSec= of the unit does not limit an upgrade.
 func testSlow(d *daemon) {
 	fifo, held := d.fifo()
 	listen := "listen=web tcp 127.0.0.1:7003"
@@ -530,8 +531,8 @@ func testSlow(d *daemon) {
 	release()
 	r.wait()
 	d.serves(1)
-	// That of the failed upgrade has gone, and what the successor has said
-	// before it was heard is there.
+	// The status of the failed upgrade is gone, and the status that the successor
+	// set before it was the main process is there.
 	if text := d.show("StatusText"); text != "starting as 1" {
 		d.t.Fatalf("the status is %q; want the successor's", text)
 	}
@@ -569,8 +570,8 @@ func testStop(d *daemon) {
 	d.clean()
 }
 
-// The death of the new process is noticed at once, although the old one is
-// still there.
+// The successor's death is noticed at once, although its predecessor still
+// drains.
 func testDeath(d *daemon) {
 	d.configure("listen=web tcp 127.0.0.1:7005")
 	d.start()
@@ -579,7 +580,7 @@ func testDeath(d *daemon) {
 	d.reload()
 	second := d.serves(1)
 	old.asks("still served")
-	check() // whom a process has accepted that is killed, nobody can serve
+	check() // before the kill, because accepted clients are lost with their process
 	if err := syscall.Kill(second, syscall.SIGKILL); err != nil {
 		d.t.Fatal(err)
 	}
@@ -590,8 +591,8 @@ func testDeath(d *daemon) {
 	d.logs("Main process exited, code=killed", true)
 }
 
-// The death of the old process during an upgrade is the end of the unit, which
-// Restart= makes a new one of.
+// The predecessor's death during an upgrade ends the unit, which Restart= starts
+// again.
 func testKilled(d *daemon) {
 	fifo, held := d.fifo()
 	listen := "listen=web tcp 127.0.0.1:7006"
@@ -604,7 +605,7 @@ func testKilled(d *daemon) {
 	if err := syscall.Kill(first, syscall.SIGKILL); err != nil {
 		d.t.Fatal(err)
 	}
-	<-r.done // whatever it says
+	<-r.done // its result does not matter
 	d.await("NRestarts", "1")
 	d.await("ActiveState", "active")
 	d.serves(0)
@@ -617,17 +618,17 @@ func testWatchdog(d *daemon) {
 	d.start()
 	d.reload()
 	second := d.serves(1)
-	time.Sleep(1300 * time.Millisecond) // nothing happens in a time in which it would
+	time.Sleep(1300 * time.Millisecond) // longer than the watchdog's interval, in which nothing must happen
 	d.configure(listen, "do=sleep")
 	if now := d.serves(1); now != second {
 		d.t.Fatalf("the main process is %d; want %d", now, second)
 	}
 	d.clean()
-	d.reload() // its successor gives no sign of life
+	d.reload() // this successor sends no sign of life
 	d.await("Result", "watchdog")
 }
 
-// A daemon that has no part in systemd, which follows its PID file.
+// systemd follows the PID file of a daemon that sends no messages.
 func testForking(d *daemon) {
 	d.configure("listen=web tcp 127.0.0.1:7007", "pidfile=/run/mydaemon.pid")
 	d.start()
@@ -644,7 +645,7 @@ func testForking(d *daemon) {
 		}
 		old.asks("still served")
 		old.Close()
-		// It looks into the PID file when the old process has ended.
+		// systemd reads the PID file when the old process has ended.
 		d.await("MainPID", strconv.Itoa(now.pid))
 		now.Close()
 		d.serves(1 + i)
@@ -694,7 +695,7 @@ func testTakeover(d *daemon) {
 
 func testSocket(d *daemon) {
 	const path = "/run/socket.sock"
-	// One by its address, which leaves the other to the name of both.
+	// One socket is found by its address, and the other by the name of both.
 	d.configure("listen=a tcp 127.0.0.1:7010", "name=web")
 	systemctl(d.t, "start", d.name+".socket")
 	if s := systemctl(d.t, "show", "--value", "-p", "ActiveState", d.name+".service"); s != "inactive" {
@@ -748,19 +749,19 @@ func testStore(d *daemon) {
 	}
 	d.reload()
 	d.serves(1)
-	// A successor that comes to nothing leaves nothing in the store.
+	// A successor that fails leaves nothing in the store.
 	d.configure("store=yes", web, extra, "do=crash")
 	d.reload()
 	d.serves(1)
 	kept(1)
-	// One that takes over has what it listens on in there.
+	// A successor that takes over has its sockets in the store.
 	d.configure("store=yes", web, extra)
 	d.reload()
 	d.serves(2)
 	kept(2)
 	check()
 
-	// Clients that come while a process is killed are served by the next.
+	// Clients that connect while a process is killed are served by the next one.
 	pid := d.main()
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		d.t.Fatal(err)
@@ -799,7 +800,8 @@ func testStore(d *daemon) {
 	d.serves(0)
 	kept(2)
 
-	// What is not wanted any more is closed: after an upgrade and a restart.
+	// A socket that is not wanted any more is closed, after an upgrade and after a
+	// restart.
 	refused := func(port string) {
 		d.t.Helper()
 		if c, err := net.Dial("tcp", "127.0.0.1:"+port); !errors.Is(err, syscall.ECONNREFUSED) {

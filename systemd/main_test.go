@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// mains are what this test binary is by other names.
+// mains are the programs that this test binary runs, by the name it is run under.
 var mains = map[string]func(){}
 
 func TestMain(m *testing.M) {

@@ -56,7 +56,7 @@ func newManager(t *testing.T, address string) *manager {
 	return &manager{t, c, address}
 }
 
-// socketPath is short enough for a socket.
+// socketPath returns a path that is short enough for a socket.
 func socketPath(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "sd")
@@ -71,7 +71,7 @@ func abstract(t *testing.T) string {
 	return fmt.Sprintf("@ecdysis-systemd-%d-%s", os.Getpid(), strings.ReplaceAll(t.Name(), "/", "-"))
 }
 
-// receive returns the next message, or an error when there is none in time.
+// receive returns the next message, or an error if none arrives in time.
 func (m *manager) receive(d time.Duration) (message, error) {
 	_ = m.c.SetReadDeadline(time.Now().Add(d))
 	b, oob := make([]byte, 8<<10), make([]byte, 1<<10)
@@ -113,7 +113,7 @@ func (g message) close() {
 	}
 }
 
-// gets asserts that this is the next message, which has no descriptors.
+// gets asserts that text is the next message, and that it has no descriptors.
 func (m *manager) gets(want string) {
 	m.t.Helper()
 	if got := m.next(); got.text != want || len(got.files) > 0 {
@@ -121,7 +121,7 @@ func (m *manager) gets(want string) {
 	}
 }
 
-// hasAll asserts that there is no message.
+// hasAll asserts that no message is left.
 func (m *manager) hasAll() {
 	m.t.Helper()
 	if got, err := m.receive(time.Millisecond); err == nil {
@@ -129,7 +129,7 @@ func (m *manager) hasAll() {
 	}
 }
 
-// barrier takes the message that asks for an answer, and returns the answer.
+// barrier receives the message BARRIER=1, and returns the function that answers it.
 func (m *manager) barrier() (answer func()) {
 	m.t.Helper()
 	got := m.next()
@@ -141,8 +141,8 @@ func (m *manager) barrier() (answer func()) {
 
 var reloadingText = regexp.MustCompile(`^RELOADING=1\nMONOTONIC_USEC=(\d+)\nEXTEND_TIMEOUT_USEC=(\d+)$`)
 
-// reloads asserts that a message tells of a reload that begins between the two
-// times, and returns how long it says that may take.
+// reloads asserts that the next message reports a reload that has begun between
+// the two times. It returns the longest time that the message allows.
 func (m *manager) reloads(from, to int64) time.Duration {
 	m.t.Helper()
 	got := m.next()
@@ -191,8 +191,8 @@ func setup(t *testing.T, opts *ecdysis.Options, env ...string) (*systemd.Notifie
 	return n, err
 }
 
-// hooked returns options whose hooks a test calls, and what the program's own
-// hooks have seen.
+// hooked returns options whose hooks a test calls, and the events that the
+// program's own hooks have seen.
 func hooked(t *testing.T, m *manager, env ...string) (*systemd.Notifier, *ecdysis.Options, *[]ecdysis.Event) {
 	t.Helper()
 	var events []ecdysis.Event
@@ -223,7 +223,7 @@ func failed(reason string) ecdysis.Event {
 		Err: &ecdysis.UpgradeError{Step: "init", PID: 4, Err: errors.New(reason)}}
 }
 
-// prepare begins an upgrade, and returns what the successor is started with.
+// prepare begins an upgrade, and returns the successor's command.
 func prepare(t *testing.T, m *manager, opts *ecdysis.Options) *ecdysis.Command {
 	t.Helper()
 	c := &ecdysis.Command{Path: "/daemon", Args: []string{"-x"}, Env: []string{"A=b", "NOTIFY_SOCKET=other", "WATCHDOG_PID=1", "WATCHDOG_USEC=5"}}
@@ -231,7 +231,7 @@ func prepare(t *testing.T, m *manager, opts *ecdysis.Options) *ecdysis.Command {
 	if err := opts.Prepare(c); err != nil {
 		t.Fatal(err)
 	}
-	// Time-out, probation, and twice what a handover has.
+	// The time-out, the probation, and twice the bound of a handover.
 	if limit := m.reloads(from, monotonicUsec()); limit < 13*time.Second || limit > time.Minute {
 		t.Fatalf("systemd is told %v; want 3 s of Options, and 10 s", limit)
 	}
@@ -244,7 +244,7 @@ func TestEvents(t *testing.T) {
 			t.Parallel()
 			m := newManager(t, address(t))
 			n, opts, events := hooked(t, m)
-			m.hasAll() // what finds out whether systemd is there says nothing
+			m.hasAll() // the check that systemd is there sends nothing
 			notify := func(e ecdysis.Event) {
 				t.Helper()
 				opts.Notify(e)
@@ -269,7 +269,7 @@ func TestEvents(t *testing.T) {
 			notify(failed("bad\nMAINPID=1\x00\xffend"))
 			m.gets("READY=1\nSTATUS=upgrade failed by signal hangup: pid=4 generation=1: ecdysis: upgrade failed at init: successor 4: bad MAINPID=1 \ufffdend")
 
-			// Prepare's own error ends the reload, too.
+			// An error of the program's Prepare ends the reload, too.
 			from := monotonicUsec()
 			if err := opts.Prepare(&ecdysis.Command{Path: "/daemon", Args: []string{"no"}}); err != errVeto {
 				t.Fatalf("Prepare: %v; want the program's own error", err)
@@ -280,8 +280,8 @@ func TestEvents(t *testing.T) {
 				t.Fatalf("systemd got %q; want READY=1 and the reason", got)
 			}
 
-			// A refused trigger: a reload that is over at once or, in an upgrade,
-			// with that.
+			// A trigger that is refused ends its reload at once or, during an upgrade,
+			// with that upgrade.
 			refused := ecdysis.Event{Kind: ecdysis.EventUpgradeFailed, Signal: syscall.SIGHUP, Err: ecdysis.ErrInProgress}
 			from = monotonicUsec()
 			notify(refused)
@@ -297,7 +297,7 @@ func TestEvents(t *testing.T) {
 			notify(failed("late"))
 			m.next()
 
-			// The status of a failed upgrade goes with the next one that succeeds.
+			// The next successful upgrade removes the status of a failed one.
 			prepare(t, m, opts)
 			done := make(chan struct{})
 			go func() {
@@ -342,17 +342,17 @@ func TestStopping(t *testing.T) {
 	opts.Notify(ecdysis.Event{Kind: ecdysis.EventStopping})
 	m.gets("STOPPING=1")
 
-	// A successor: only if it has served.
+	// A successor sends STOPPING=1 only if it has served.
 	_, opts, _ = hooked(t, m, "ECDYSIS_SYSTEMD=")
 	opts.Notify(ecdysis.Event{Kind: ecdysis.EventStopping, Generation: 1})
 	m.hasAll()
 	opts.Notify(ecdysis.Event{Kind: ecdysis.EventReady, Generation: 1})
-	m.hasAll() // the old process says it
+	m.hasAll() // the predecessor sends it
 	opts.Notify(ecdysis.Event{Kind: ecdysis.EventStopping, Generation: 1})
 	m.gets("STOPPING=1")
 }
 
-// Who takes over is another unit's process, and makes that one ready.
+// A process that takes over is another unit's, and makes that unit ready.
 func TestTakenOver(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, socketPath(t))
@@ -485,8 +485,8 @@ func TestStatusText(t *testing.T) {
 		}
 		m.gets("STATUS=" + c.want)
 	}
-	// What the program says replaces the reason of a failure, which then need
-	// not go.
+	// The program's status replaces that of a failure, so that the next upgrade does
+	// not remove it.
 	n, opts, _ := hooked(t, m)
 	prepare(t, m, opts)
 	opts.Notify(failed("x"))
@@ -544,7 +544,7 @@ func TestWatchdog(t *testing.T) {
 			m.gets("WATCHDOG=1")
 		}
 		m.hasAll()
-		// The successor is watched likewise.
+		// The successor gets the watchdog, too.
 		cmd := prepare(t, m, opts)
 		if got := slices.Contains(cmd.Env, "WATCHDOG_USEC=1500000"); got != (c.want > 0) || slices.Contains(cmd.Env, "WATCHDOG_PID=1") {
 			t.Errorf("%q: the successor has %q", c.env, cmd.Env)
@@ -559,8 +559,8 @@ func TestWatchdog(t *testing.T) {
 	}
 }
 
-// Without systemd no reload begins, since nobody could end it; what else cannot
-// be said is an error of its event.
+// Without systemd no reload begins, because its end could not be sent. Another
+// message that cannot be sent is an error of its event.
 func TestNobodyListens(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, socketPath(t))
@@ -584,7 +584,7 @@ func TestNobodyListens(t *testing.T) {
 	}
 }
 
-// Systemd may be slow, but not for ever.
+// A slow systemd is waited for, but not for ever.
 func TestNoAnswer(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, socketPath(t))
@@ -596,7 +596,7 @@ func TestNoAnswer(t *testing.T) {
 	}
 }
 
-// Nor is its full socket a reason to hang.
+// A full socket ends in a time-out, too.
 func TestFullSocket(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, socketPath(t))
@@ -612,8 +612,8 @@ func TestFullSocket(t *testing.T) {
 	}
 }
 
-// successor returns the notifier of what prepare has started, here in the same
-// process.
+// successor returns the Notifier and options of the successor that prepare has
+// prepared. They are in the same process.
 func successor(t *testing.T, m *manager, c *ecdysis.Command) (*systemd.Notifier, *ecdysis.Options) {
 	t.Helper()
 	n, opts, _ := hooked(t, m, c.Env...)
@@ -622,26 +622,28 @@ func successor(t *testing.T, m *manager, c *ecdysis.Command) (*systemd.Notifier,
 	return n, opts
 }
 
-// The old process passes on what the new one says, when it introduces it.
+// The predecessor forwards the successor's messages when it introduces the
+// successor.
 func TestRelay(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, socketPath(t))
 	_, opts, _ := hooked(t, m, "WATCHDOG_USEC=1000000")
 	c := prepare(t, m, opts)
 
-	// Anybody can find the address; only the successor is heard.
+	// Any process can find the address, but only the successor's messages are
+	// forwarded.
 	stranger := startStranger(t, relayAddress(c))
 
 	n, opts2 := successor(t, m, c)
 	interval, ping := n.Watchdog()
 	if interval != time.Second {
-		t.Errorf("the successor's watchdog is %v; want the old one's", interval)
+		t.Errorf("the successor's watchdog is %v; want its predecessor's", interval)
 	}
 	ln := listenTCP(t)
 	if err := errors.Join(n.Status("warm"), ping(), n.ExtendTimeout(time.Second), n.Store(map[string]any{"web": ln})); err != nil {
 		t.Fatal(err)
 	}
-	opts2.Notify(ecdysis.Event{Kind: ecdysis.EventUpgradeFailed, Err: ecdysis.ErrInProgress}) // refused: nobody waits
+	opts2.Notify(ecdysis.Event{Kind: ecdysis.EventUpgradeFailed, Err: ecdysis.ErrInProgress}) // systemd does not wait for a refused trigger
 	m.hasAll()
 	go opts.Notify(ecdysis.Event{Kind: ecdysis.EventUpgraded, PID: os.Getpid(), Generation: 1})
 	m.gets("STATUS=warm")
@@ -651,12 +653,13 @@ func TestRelay(t *testing.T) {
 	}
 	m.gets("MAINPID=" + strconv.Itoa(os.Getpid()) + "\nREADY=1\nWATCHDOG=1")
 	answer := m.barrier()
-	// It is being introduced: what it says now waits for that, and is its own.
+	// While the successor is introduced, its next message waits. The successor then
+	// sends it itself.
 	said := make(chan error, 1)
 	go func() { said <- n.Status("hot") }()
 	select {
 	case err := <-said:
-		t.Fatalf("Status has returned while the old process speaks: %v", err)
+		t.Fatalf("Status has returned before the successor was introduced: %v", err)
 	case <-time.After(20 * time.Millisecond):
 	}
 	m.hasAll()
@@ -681,7 +684,8 @@ func relayAddress(c *ecdysis.Command) (address string) {
 	return address
 }
 
-// startStranger makes another process connect to the relay, and say something.
+// startStranger starts another process, which connects to the relay and sends a
+// message.
 func startStranger(t *testing.T, address string) (end func()) {
 	t.Helper()
 	p := program(t, "stranger", nil, address)
@@ -700,8 +704,8 @@ func init() {
 	}
 }
 
-// If the attempt fails, or the old process has gone, nobody hears the successor
-// but systemd itself.
+// If the attempt fails or the predecessor has gone, the successor sends its
+// messages to systemd itself.
 func TestRelayEnds(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, socketPath(t))
@@ -714,8 +718,8 @@ func TestRelayEnds(t *testing.T) {
 	if got := m.next().text; !strings.HasPrefix(got, "READY=1\nSTATUS=upgrade failed") {
 		t.Fatalf("systemd got %q", got)
 	}
-	// What another test forks just now has the relay until it executes its
-	// program: so more than one try.
+	// A child that another test forks has the relay until it executes its program.
+	// So this may take more than one try.
 	for end := time.Now().Add(patience); ; {
 		if err := n.Status("alone"); err != nil {
 			t.Fatal(err)
@@ -730,7 +734,7 @@ func TestRelayEnds(t *testing.T) {
 	}
 	m.hasAll()
 
-	// An attempt of which no event came, for a hook has panicked, leaves nothing.
+	// An attempt whose hook has panicked, so that no event came, leaves nothing.
 	c := prepare(t, m, opts)
 	next := prepare(t, m, opts)
 	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
@@ -746,22 +750,22 @@ func TestRelayEnds(t *testing.T) {
 		}
 	}
 
-	// It says more than there is room for.
+	// The successor sends more than there is room for.
 	n, _ = successor(t, m, next)
 	var err error
 	for i := 0; i < 10000 && err == nil; i++ {
 		err = n.Status(strings.Repeat("x", 1000))
 	}
-	if !errors.Is(err, os.ErrDeadlineExceeded) || !strings.Contains(err.Error(), "to the old process") {
-		t.Errorf("Status of a successor that says too much: %v; want ErrDeadlineExceeded", err)
+	if !errors.Is(err, os.ErrDeadlineExceeded) || !strings.Contains(err.Error(), "to the predecessor") {
+		t.Errorf("Status of a successor that sends too much: %v; want ErrDeadlineExceeded", err)
 	}
 	m.hasAll()
-	opts.Notify(failed("x")) // the old process has listened until now
+	opts.Notify(failed("x")) // the predecessor's relay was open until now
 	m.next()
 }
 
-// A daemon whose every message is its main process's: systemd drops the others
-// without a word, if NotifyAccess= is at its default.
+// Every message of the daemon comes from its main process. With NotifyAccess= at
+// its default systemd drops the others silently.
 func TestMainSpeaks(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, socketPath(t))
@@ -796,7 +800,7 @@ func TestMainSpeaks(t *testing.T) {
 			break
 		}
 	})
-	// hears returns when systemd has heard all of these, in any order.
+	// hears returns when all of these messages have arrived, in any order.
 	hears := func(want ...string) {
 		t.Helper()
 		for len(want) > 0 {
@@ -813,8 +817,8 @@ func TestMainSpeaks(t *testing.T) {
 				if _, err := fmt.Sscan(pid, &main); err != nil {
 					t.Fatal(err)
 				}
-				// From here on the old process is not heard, but for the barrier
-				// that systemd takes from anybody.
+				// From here on systemd drops the old process's messages, except the
+				// barrier, which it accepts from any process.
 				m.barrier()()
 			}
 			got.close()
@@ -841,7 +845,7 @@ func TestMainSpeaks(t *testing.T) {
 			t.Fatalf("the main process is still %d", main)
 		}
 		if old != p.cmd.Process.Pid {
-			if _, err := unix.Wait4(old, nil, 0, nil); err != nil { // a sibling is the child of systemd
+			if _, err := unix.Wait4(old, nil, 0, nil); err != nil { // a sibling is a child of systemd, here of this test
 				t.Fatal(err)
 			}
 		}

@@ -29,14 +29,13 @@ export ` + insideVar + `=1
 exec ./inside -test.v -test.timeout 100s -test.run "^TestInside$/$1"
 `
 
-// TestRealSystemd boots a systemd in namespaces of its own, and lets TestInside
-// run there: all of its parts side by side, since each is little work and much
-// waiting. What runs there is built for it, without cgo, so that it does not
-// need this system's libraries; the race detector, which does, would see
-// nothing of it.
+// TestRealSystemd boots a systemd in namespaces of its own, and runs TestInside
+// there. All parts run at the same time, because each is little work and much
+// waiting. The test program is built without cgo, so that it does not need this
+// system's libraries. So it has no race detector.
 func TestRealSystemd(t *testing.T) {
 	if raceDetector {
-		t.Skip("the processes under test are built without the race detector: this would be the same test again")
+		t.Skip("the processes under test are built without the race detector, so this would repeat the same test")
 	}
 	real := realSystemd(t)
 	bin, units := t.TempDir(), t.TempDir()
@@ -58,8 +57,8 @@ func TestRealSystemd(t *testing.T) {
 	}
 }
 
-// realSystemd returns the program that boots a systemd, or skips the test with
-// the reason why that does not work here: which in CI is a failure.
+// realSystemd returns the program that boots a systemd. If that does not work
+// here, it skips the test with the reason, or fails it in CI.
 func realSystemd(t *testing.T) string {
 	t.Helper()
 	real, err := filepath.Abs("testdata/real-systemd.sh")
@@ -71,12 +70,12 @@ func realSystemd(t *testing.T) string {
 		skip = t.Fatal
 	}
 	if os.Geteuid() != 0 {
-		skip("not root: no systemd can be booted")
+		skip("only root can boot a systemd")
 	}
-	root := cmp.Or(os.Getenv("SDROOT"), "/tmp/sdroot") // as real-systemd.sh has it
+	root := cmp.Or(os.Getenv("SDROOT"), "/tmp/sdroot") // the default of real-systemd.sh
 	if _, err := os.Stat(root + "/.realsd-ok"); err != nil {
 		if _, err := exec.LookPath("debootstrap"); err != nil {
-			skip("debootstrap is not installed, which makes the file system for a systemd")
+			skip("debootstrap, which makes the file system for a systemd, is not installed")
 		}
 	}
 	var stderr bytes.Buffer
@@ -95,7 +94,7 @@ func realSystemd(t *testing.T) string {
 	return real
 }
 
-// The README has the units as they are tested, and all of them.
+// The README has all units, as they are tested.
 func TestReadme(t *testing.T) {
 	readme, err := os.ReadFile("../README.md")
 	if err != nil {
@@ -141,7 +140,7 @@ func build(t *testing.T, args ...string) {
 	}
 }
 
-// write makes the unit, its drop-in and the daemon's configuration.
+// write writes the unit, its drop-in and the daemon's configuration.
 func (s *service) write(t *testing.T, dir string) {
 	t.Helper()
 	put := func(name, text string) {

@@ -13,23 +13,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A relay is a successor's way to systemd, which does not listen to it yet: a
-// connection of packets to the old process. That one does not look at them
-// before it introduces the successor. It then takes no more (which the
-// successor sees as EPIPE), forwards what it has, makes the successor the main
-// process, and closes the connection. If it dies or gives the successor up, the
-// connection ends, too.
+// A relay is a connection of packets to the predecessor, for a successor from
+// which systemd accepts no messages yet. The predecessor reads the messages only
+// when it makes the successor the main process. It first closes its side for
+// reading, which the successor sees as EPIPE. It then forwards the messages,
+// makes the successor the main process, and closes the connection. The connection
+// also ends if the predecessor dies or gives the successor up.
 //
-// A nil relay is no way at all: no predecessor has started this process.
-// Notifier.mu guards its use.
+// A relay is nil if no predecessor has started this process. Notifier.mu guards
+// its use.
 type relay struct {
 	address string
-	c       *net.UnixConn // nil if it has ended, or could not be made
-	err     error         // why it could not be made, although the predecessor listens; nil otherwise
+	c       *net.UnixConn // nil if the connection has ended or could not be made
+	err     error         // why the connection could not be made, if the predecessor listens
 }
 
-// dialRelay returns nil if there is no predecessor. One that could not listen,
-// or that has died, is a relay that has ended.
+// dialRelay returns nil if there is no predecessor. If the predecessor does not
+// listen or has died, the relay has ended.
 func dialRelay(address string) *relay {
 	if address == "" {
 		return nil
@@ -42,11 +42,11 @@ func dialRelay(address string) *relay {
 func (r *relay) dial() {
 	r.c, r.err = net.DialUnix("unixpacket", nil, &net.UnixAddr{Net: "unixpacket", Name: r.address})
 	if errors.Is(r.err, unix.ECONNREFUSED) {
-		r.err = nil // it has ended
+		r.err = nil // nobody listens, so the relay has ended
 	}
 }
 
-// open reports whether the old process still speaks for this one.
+// open reports whether this process's messages still go to the predecessor.
 func (r *relay) open() bool { return r != nil && r.c != nil && !r.ended() }
 
 func (r *relay) ended() bool {
@@ -62,8 +62,8 @@ func (r *relay) ended() bool {
 	return ended
 }
 
-// send reports true if the old process has the message or will find it, or if
-// that went wrong, and false if systemd itself is to be told.
+// send sends a message to the predecessor. It returns false if the relay has
+// ended, so that the caller has to send the message to systemd itself.
 func (r *relay) send(message string, files []*os.File) (done bool, err error) {
 	if r != nil && r.err != nil {
 		r.dial() // its queue may have room by now
@@ -72,11 +72,12 @@ func (r *relay) send(message string, files []*os.File) (done bool, err error) {
 	case r == nil:
 		return false, nil
 	case r.err != nil:
-		return true, fmt.Errorf("to the old process, for systemd: %w", r.err)
+		return true, fmt.Errorf("to the predecessor, for systemd: %w", r.err)
 	case r.c == nil:
 		return false, nil
 	}
-	// Nobody reads until the end: what does not fit now will not.
+	// The predecessor reads nothing before the end, so a message that does not fit
+	// now will not fit later.
 	if err := r.c.SetDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
 		return true, err
 	}
@@ -85,15 +86,15 @@ func (r *relay) send(message string, files []*os.File) (done bool, err error) {
 		return true, nil
 	}
 	if !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
-		return true, fmt.Errorf("to the old process, for systemd: %w", err)
+		return true, fmt.Errorf("to the predecessor, for systemd: %w", err)
 	}
-	// It is introducing this process just now.
+	// The predecessor is making this process the main process.
 	defer r.close()
 	if err := r.c.SetDeadline(time.Now().Add(2 * sendTimeout)); err != nil {
 		return true, err
 	}
 	if _, err := r.c.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
-		return true, fmt.Errorf("the old process has not introduced this one to systemd: %w", err)
+		return true, fmt.Errorf("the predecessor has not introduced this process to systemd: %w", err)
 	}
 	return false, nil
 }
@@ -105,24 +106,25 @@ func (r *relay) close() {
 	}
 }
 
-// A relayListener is where the successor of one attempt finds this process, until
-// close ends its goroutine. Any process can connect to an abstract name, so the
-// goroutine lets those of other users go at once: their connections must not
-// fill the queue. A nil relayListener takes nobody.
+// A relayListener accepts the relay of one attempt's successor. Its goroutine
+// runs until close. Any process can connect to an abstract name, so the goroutine
+// closes connections of other users at once. They must not fill the queue. A nil
+// relayListener accepts nothing.
 type relayListener struct {
 	l    *net.UnixListener
 	done chan struct{} // closed when the goroutine has ended
 
 	mu   sync.Mutex
-	kept []*net.UnixConn // of this user, in the order of their coming
+	kept []*net.UnixConn // of this user, in the order in which they were accepted
 }
 
-// maxKept is how many connections of this process's user are kept, one of which
-// is the successor's.
+// maxKept is how many connections of this process's user are kept. One of them is
+// the successor's.
 const maxKept = 16
 
-// listenRelay listens at an abstract name that the system chooses. If it cannot,
-// what the successor says reaches systemd after it is introduced.
+// listenRelay listens at an abstract name that the system chooses. It returns nil
+// if it cannot. The successor then sends its messages to systemd itself, which
+// accepts them when the successor is the main process.
 func listenRelay() *relayListener {
 	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Net: "unixpacket"})
 	if err != nil {
@@ -141,7 +143,7 @@ func (l *relayListener) serve() {
 		if errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
 			return
 		}
-		if err != nil { // a lack of descriptors, whose end is no event
+		if err != nil { // a lack of descriptors, whose end cannot be waited for
 			time.Sleep(10 * time.Millisecond)
 			continue
 		}
@@ -185,8 +187,8 @@ func (l *relayListener) close() {
 	l.kept = nil
 }
 
-// accept returns the connection of this process, or nil if it has made none. It
-// does not wait for one.
+// accept returns the connection that process pid has made, or nil if there is
+// none. It does not wait for one.
 func (l *relayListener) accept(pid int) (*net.UnixConn, error) {
 	if l == nil {
 		return nil, nil
@@ -209,7 +211,7 @@ func (l *relayListener) accept(pid int) (*net.UnixConn, error) {
 	return nil, nil
 }
 
-// acceptRest accepts what has come, and does not wait.
+// acceptRest accepts the connections that are in the queue, and does not wait.
 func (l *relayListener) acceptRest() error {
 	raw, err := l.l.SyscallConn()
 	if err != nil {

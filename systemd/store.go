@@ -17,21 +17,22 @@ import (
 
 const (
 	maxName  = 255 // FDNAME_MAX of systemd
-	maxStore = 100 // what ecdysis.WriteFiles takes, so far as there is a limit
+	maxStore = 100 // no more than one call of ecdysis.WriteFiles takes
 )
 
-// A storedSocket is one that systemd's descriptor store has.
+// A storedSocket is a socket in systemd's descriptor store.
 type storedSocket struct {
 	name string
 	ino  uint64
 }
 
 // Restore takes the sockets that systemd has passed to this process, as [Adopt]
-// does, whose place it takes in a program that uses [Notifier.Store]. It
-// remembers what came, so that Store can give up what is not wanted any more,
-// and leaves out Unix sockets whose file has gone: those are made anew.
+// does. A program that uses [Notifier.Store] calls Restore in the place of Adopt.
+// Restore remembers the sockets, so that Store can remove those that are not
+// wanted any more. It leaves out Unix sockets whose file has gone, so that Listen
+// makes them anew.
 //
-// In a nil Notifier it is Adopt.
+// With a nil Notifier Restore does what Adopt does.
 func (n *Notifier) Restore(u *ecdysis.Upgrader) error {
 	if n == nil {
 		return Adopt(u)
@@ -47,34 +48,35 @@ func (n *Notifier) Restore(u *ecdysis.Upgrader) error {
 	return nil
 }
 
-// Store lets systemd keep copies of these sockets under these names, and of no
-// others: a socket that it had under a name that is not among them, or that now
-// stands for another socket, is given up. A program calls it with all that it
-// listens on, when it listens on all of it and before Ready.
+// Store makes systemd keep copies of these sockets under these names, and of no
+// others. systemd drops a socket that it has under another name, or under a name
+// that now stands for another socket. A program calls Store with all its sockets,
+// when it listens on all of them and before Ready.
 //
 //	err := n.Store(map[string]any{"web": ln, "dns": pc})
 //
-// If the unit has FileDescriptorStoreMax=, the sockets survive this process,
-// even if it is killed: those who connect meanwhile wait, and the next start of
-// the unit gets them by Restore, where Listen finds them by address. They live
-// through systemctl restart, and Restart=, but not through systemctl stop,
-// unless the unit has FileDescriptorStorePreserve=yes. Without room there
-// systemd drops them, and says so in its journal alone. Over an upgrade they
-// need no store, but a successor calls Store likewise: what it says counts when
-// it has taken over.
+// If the unit has FileDescriptorStoreMax=, the sockets survive this process, even
+// if it is killed. Clients that connect meanwhile wait. The next start of the
+// unit gets the sockets by Restore, and Listen finds them by address. They survive
+// systemctl restart and Restart=. They survive systemctl stop only if the unit has
+// FileDescriptorStorePreserve=yes. If the store has no room, systemd drops the
+// sockets, and only its journal says so.
 //
-// The values are what Upgrader.Listen and ListenPacket return, or whatever else
-// has a method SyscallConn; they stay the caller's. A connection among them is
-// dropped by systemd when its peer closes.
+// An upgrade needs no store. A successor calls Store nevertheless, and its call
+// takes effect when the successor has taken over.
 //
-// The file of a Unix socket is removed by Upgrader.Stop, so that it survives a
-// kill, but not a restart. A socket unit makes sockets whose files stay, and
-// needs no store.
+// The values are the results of Upgrader.Listen and ListenPacket, or others that
+// have a method SyscallConn. They stay the caller's. systemd drops a connection
+// when its peer closes.
 //
-// A name is 1 to 255 printable characters of ASCII without a colon, and no other
-// is taken; no more than 100 sockets are, nor more than FileDescriptorStoreMax=
-// (as far as systemd tells, from version 254 on). These errors name what is
-// wrong, and nothing was stored then.
+// Upgrader.Stop removes the file of a Unix socket. So the socket survives a kill,
+// but not a restart. A socket unit makes sockets whose files stay, and needs no
+// store.
+//
+// It is an error if a name is not 1 to 255 printable ASCII characters without a
+// colon, or if there are more than 100 sockets. It is also an error if there are
+// more than FileDescriptorStoreMax=, which systemd tells from version 254 on.
+// These errors say what is wrong, and nothing was stored then.
 func (n *Notifier) Store(sockets map[string]any) error {
 	return n.say("store", func() error {
 		names := slices.Sorted(maps.Keys(sockets))
@@ -106,7 +108,7 @@ func (n *Notifier) Store(sockets map[string]any) error {
 	})
 }
 
-// store makes the store hold what is wanted. n.mu is held.
+// store makes the store hold the wanted sockets alone. n.mu is held.
 func (n *Notifier) store(want []storedSocket, files []*os.File) error {
 	for _, name := range n.outdated(want) {
 		if err := n.send("FDSTOREREMOVE=1\nFDNAME=" + name); err != nil {
@@ -124,7 +126,7 @@ func (n *Notifier) store(want []storedSocket, files []*os.File) error {
 		}
 		message := "FDSTORE=1\nFDNAME=" + s.name
 		if !hasPeer(files[i]) {
-			message += "\nFDPOLL=0" // it does not end by itself, and an error on it is none of systemd's business
+			message += "\nFDPOLL=0" // the socket does not end by itself, and systemd must not drop it after an error
 		}
 		if err := n.send(message, files[i]); err != nil {
 			return err
@@ -135,11 +137,11 @@ func (n *Notifier) store(want []storedSocket, files []*os.File) error {
 	if !sent || n.relay.open() {
 		return nil
 	}
-	return n.barrier() // so that it is there whatever becomes of this process
+	return n.barrier() // the sockets are in the store then, even if this process is killed
 }
 
-// outdated returns the names under which the store has anything that is not
-// wanted under it.
+// outdated returns the names under which the store has a socket that is not
+// wanted under that name.
 func (n *Notifier) outdated(want []storedSocket) []string {
 	var names []string
 	for _, s := range n.stored {
@@ -150,8 +152,8 @@ func (n *Notifier) outdated(want []storedSocket) []string {
 	return names
 }
 
-// letGo closes what was restored under a name and nobody has asked for: else it
-// would listen as long as this process lives.
+// letGo closes the sockets that were restored under a name and not asked for.
+// Otherwise they would listen as long as this process lives.
 func (n *Notifier) letGo(name string) error {
 	if n.u == nil || name == "" {
 		return nil
@@ -224,7 +226,7 @@ func hasPeer(f *os.File) bool {
 	return peer
 }
 
-// formatStored is ":123=name" for each: no name has a colon in it.
+// formatStored returns ":123=name" for each socket. No name has a colon in it.
 func formatStored(list []storedSocket) string {
 	var b strings.Builder
 	for _, s := range list {
@@ -233,7 +235,7 @@ func formatStored(list []storedSocket) string {
 	return b.String()
 }
 
-// parseStored parses that, less the first colon.
+// parseStored parses the result of formatStored without the first colon.
 func parseStored(text string) ([]storedSocket, error) {
 	var list []storedSocket
 	if text == "" {
@@ -243,7 +245,7 @@ func parseStored(text string) ([]storedSocket, error) {
 		number, name, ok := strings.Cut(s, "=")
 		ino, err := strconv.ParseUint(number, 10, 64)
 		if !ok || err != nil {
-			return nil, fmt.Errorf("%q is no socket", s)
+			return nil, fmt.Errorf("%q; want an inode and a name, such as 123=web", s)
 		}
 		list = append(list, storedSocket{name, ino})
 	}

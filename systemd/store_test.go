@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stores asserts that this is the next message, with a socket.
+// stores asserts that text is the next message, with a socket.
 func (m *manager) stores(text string, ino uint64) {
 	m.t.Helper()
 	if got := m.next(); got.text != text || len(got.files) != 1 || inode(m.t, got.files[0]) != ino {
@@ -62,7 +62,7 @@ func TestStore(t *testing.T) {
 	done := store(map[string]any{"b": b, "a": a, "c": conn})
 	m.stores("FDSTORE=1\nFDNAME=a\nFDPOLL=0", inode(t, a))
 	m.stores("FDSTORE=1\nFDNAME=b\nFDPOLL=0", inode(t, b))
-	m.stores("FDSTORE=1\nFDNAME=c", inode(t, conn.(*net.TCPConn))) // which systemd drops at its end
+	m.stores("FDSTORE=1\nFDNAME=c", inode(t, conn.(*net.TCPConn))) // systemd drops a connection when it ends
 	answer := m.barrier()
 	select {
 	case err := <-done:
@@ -71,17 +71,17 @@ func TestStore(t *testing.T) {
 	}
 	answer()
 	ok(done)
-	ok(store(map[string]any{"a": a, "b": b, "c": conn})) // it is all there
+	ok(store(map[string]any{"a": a, "b": b, "c": conn})) // all three are stored already
 	m.hasAll()
 	c := listenTCP(t)
-	done = store(map[string]any{"a": a, "b": c}) // another under a name, and one less
+	done = store(map[string]any{"a": a, "b": c}) // another socket under "b", and one less
 	m.gets("FDSTOREREMOVE=1\nFDNAME=b")
 	m.gets("FDSTOREREMOVE=1\nFDNAME=c")
 	m.stores("FDSTORE=1\nFDNAME=b\nFDPOLL=0", inode(t, c))
 	m.barrier()()
 	ok(done)
 
-	// A successor knows what is there.
+	// A successor knows what is in the store.
 	cmd := prepare(t, m, opts)
 	next, _ := successor(t, m, cmd)
 	if err := next.Store(map[string]any{"a": a}); err != nil {
@@ -92,7 +92,7 @@ func TestStore(t *testing.T) {
 	m.gets("FDSTOREREMOVE=1\nFDNAME=b")
 	m.gets(fmt.Sprintf("MAINPID=%d\nREADY=1", os.Getpid()))
 	m.barrier()()
-	// The sockets are the caller's.
+	// The sockets stay the caller's.
 	if _, err := a.SyscallConn(); err != nil {
 		t.Fatal(err)
 	}
@@ -150,8 +150,9 @@ func TestStoreErrors(t *testing.T) {
 	}
 }
 
-// What systemd has kept is there again; what is not wanted any more is given up
-// and closed, and a Unix socket that no client finds is made anew.
+// Sockets that systemd has kept are restored. A socket that is not wanted any
+// more is removed from the store and closed. A Unix socket that no client finds
+// is made anew.
 func TestRestore(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, socketPath(t))

@@ -29,7 +29,7 @@ func init() {
 			}
 			held = append(held, c)
 		}
-		_, err := held[0].Read(make([]byte, 1)) // it was let go
+		_, err := held[0].Read(make([]byte, 1)) // returns when the connection is closed
 		fmt.Println("flooded", err)
 		_, _ = io.Copy(io.Discard, os.Stdin)
 	}
@@ -57,8 +57,8 @@ func TestRelayFlood(t *testing.T) {
 	m.barrier()()
 }
 
-// Lines for which there is no method are sent, and those that are the package's
-// are refused.
+// Send sends lines for which there is no method, and refuses those that the
+// package itself sends.
 func TestSend(t *testing.T) {
 	t.Parallel()
 	m := newManager(t, socketPath(t))

@@ -8,9 +8,9 @@ import (
 
 const supported = true
 
-// monotonic is the time of CLOCK_MONOTONIC, by which systemd reckons.
+// monotonic returns the time of CLOCK_MONOTONIC, which systemd uses.
 func monotonic() time.Duration {
 	var ts unix.Timespec
-	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts) // fails for no clock that is there
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts) // cannot fail for this clock
 	return time.Duration(ts.Nano())
 }

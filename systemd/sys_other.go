@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// There is no systemd, and no Notifier is ever made.
+// There is no systemd on these systems, so Setup never returns a Notifier.
 const supported = false
 
 func monotonic() time.Duration { return 0 }

@@ -1,27 +1,28 @@
-// Package systemd lets a daemon that replaces itself by package ecdysis be a
-// service of systemd: the unit stays active through every upgrade, systemctl
-// reload upgrades it and returns when the new process serves, and the failure
-// of an upgrade stands in the unit's status.
+// Package systemd makes a daemon that replaces itself by package ecdysis a
+// service of systemd. The unit stays active through every upgrade. systemctl
+// reload upgrades the daemon and returns when the new process serves. If an
+// upgrade fails, the unit's status has the reason.
 //
 //	n, err := systemd.Setup(&opts) // then ecdysis.New(opts)
 //
-// is all that a program of Type=notify or Type=notify-reload needs, with
-// NotifyAccess= at its default. [Adopt] takes the sockets of socket units,
+// A program of Type=notify or Type=notify-reload needs nothing more, with
+// NotifyAccess= at its default. [Adopt] takes the sockets of socket units.
 // [Notifier.Restore] and [Notifier.Store] keep sockets in systemd's file
 // descriptor store. The units in docs/systemd.md are tested.
 //
-// systemd listens to a unit's main process alone, and takes a process for its
-// own only if it is its child. So Setup makes each successor a child of
-// systemd (ecdysis.Command.Sibling), and it is the old process that introduces
-// the new one, when that one has taken over. Until then the old process speaks
-// for the new one: what a successor says of itself (Status, Store) is heard
-// when it is introduced, and not at all if the upgrade fails.
+// systemd accepts messages from a unit's main process alone, and follows that
+// process well only if it is systemd's own child. So Setup makes each successor a
+// child of systemd (ecdysis.Command.Sibling). The predecessor introduces the
+// successor as the main process when the successor has taken over. Until then the
+// predecessor keeps the successor's messages, such as those of Status and Store.
+// It forwards them when it introduces the successor, and drops them if the
+// upgrade fails.
 //
 // The protocols are those of sd_notify(3), sd_listen_fds(3) and
-// sd_watchdog_enabled(3), and need nothing but their environment variables
-// and sockets. They are there on Linux alone. On other systems the variables
-// are not set, and the calls say so as they would on Linux; if they are, the
-// calls return errors.ErrUnsupported.
+// sd_watchdog_enabled(3). They need only their environment variables and
+// sockets, and exist on Linux alone. On other systems the variables are not set,
+// and calls return what they return on Linux without them. If a variable is set
+// there, calls return errors.ErrUnsupported.
 package systemd
 
 import (
@@ -42,10 +43,10 @@ import (
 	"github.com/ecdysis-go/ecdysis"
 )
 
-// ErrNoSocket: systemd does not listen to this process. It was not started by
-// systemd, or its unit has neither Type=notify, nor Type=notify-reload, nor
-// NotifyAccess=. It is also what the methods of a nil *Notifier return, so that
-// a program can ignore it and run without systemd, too.
+// ErrNoSocket means that systemd accepts no messages from this process. The
+// process was not started by systemd, or its unit has neither Type=notify, nor
+// Type=notify-reload, nor NotifyAccess=. The methods of a nil *Notifier return
+// it, too, so that a program can ignore it and also run without systemd.
 var ErrNoSocket = errors.New("systemd: NOTIFY_SOCKET is not set: this process was not started by systemd, or its unit lacks Type=notify and NotifyAccess=")
 
 const (
@@ -56,72 +57,75 @@ const (
 	envPredecessor  = "ECDYSIS_SYSTEMD"
 	maxStatus       = 1 << 10 // bytes; systemd drops a datagram of more than 4096
 	sendTimeout     = 5 * time.Second
-	handoverTimeout = 5 * time.Second // what ecdysis gives a successor between the old process's word and its own
+	handoverTimeout = 5 * time.Second // ecdysis's bound from COMMIT to DONE, and that of a hook
 )
 
-// A Notifier tells systemd about this process. It is made by [Setup]. Its
+// A Notifier sends messages about this process to systemd. [Setup] makes it. Its
 // methods may be called from several goroutines at once, and from the hooks in
-// ecdysis.Options. Each returns when systemd has, or will find, the message in
-// its socket, and waits for that at most 5 s, with os.ErrDeadlineExceeded;
-// whether systemd heeds it is in systemd's journal alone.
+// ecdysis.Options. A method returns when the message is in systemd's socket, or
+// is kept by the predecessor for systemd. After 5 s it returns
+// os.ErrDeadlineExceeded. Only systemd's journal shows whether systemd accepts
+// the message.
 //
-// In a process that has been replaced they do nothing and return
-// ecdysis.ErrUpgraded: the unit is the successor's. In a nil Notifier they
-// return ErrNoSocket.
+// In a process that has been replaced the methods do nothing and return
+// ecdysis.ErrUpgraded, because the unit is the successor's. In a nil Notifier
+// they return ErrNoSocket.
 type Notifier struct {
 	address   string        // of systemd's socket
-	successor bool          // an older process introduces this one
-	watchdog  time.Duration // 0: none
-	storeMax  int           // -1: unknown
+	successor bool          // a predecessor introduces this process
+	watchdog  time.Duration // WATCHDOG_USEC; 0 if there is none
+	storeMax  int           // FDSTORE; -1 if it is unknown
 	attempt   time.Duration // the longest that an upgrade can take
 
-	// mu guards what follows. It is held over the sending of messages, so
-	// that they arrive in order, and not over the hooks of the program.
+	// mu guards the fields below. It is held while messages are sent, so that
+	// they arrive in order, and not over the hooks of the program.
 	mu        sync.Mutex
 	reloading bool // systemd waits for READY
-	taken     bool // the attempt that runs is a takeover
-	replaced  bool // the unit is no longer this process's
-	served    bool // EventReady was
-	failed    bool // the status is that of a failed upgrade
+	taken     bool // the running attempt is a takeover
+	replaced  bool // the unit is the successor's
+	served    bool // EventReady has been reported
+	failed    bool // the status text is that of a failed upgrade
 	relay     *relay
 	next      *relayListener
-	u         *ecdysis.Upgrader // of Restore; nil: it was not called
+	u         *ecdysis.Upgrader // of Restore; nil if Restore was not called
 	stored    []storedSocket
 }
 
-// Setup makes opts those of a service of systemd, whose events systemd is told
-// of. It is called just before [ecdysis.New], with options that are complete:
-// hooks that are there go on being called, and the time-outs are those that
-// systemd is told. It does what follows.
+// Setup adds hooks to opts that send each event to systemd. Call it just before
+// [ecdysis.New], when opts are complete. The hooks that are there are still
+// called. The time-outs in opts are reported to systemd. In detail:
 //
-//   - EventReady is READY=1, after the program's own hook.
-//   - EventUpgrading is RELOADING=1, for as long as the attempt can take,
-//     whatever the unit's TimeoutStartSec= is. If systemd cannot be told, the
-//     attempt fails: it would end in systemd taking the service for ended.
-//   - EventUpgraded makes the successor the unit's main process (MAINPID=), and
-//     is READY=1 for it. The hook returns when systemd has acted on it.
-//   - EventUpgradeFailed is READY=1, so that systemctl reload returns, with the
-//     reason in STATUS=. That text goes with the next Status or the next
-//     upgrade. A refused trigger is answered likewise.
-//   - EventStopping is STOPPING=1. (A partial stop is none: the process serves
-//     on those who are connected, as long as that takes. TimeoutStopSec= is for
-//     what comes after.)
-//   - Being taken over by a process that this one has not started
-//     (Options.TakeoverSocket) is no reload, and changes STATUS= alone: that
-//     process is another unit's, and makes it ready. This unit is active until
+//   - EventReady sends READY=1, after the program's own hook.
+//   - EventUpgrading sends RELOADING=1, with the longest time that the attempt can
+//     take, so that a shorter TimeoutStartSec= does not end it. If sending fails,
+//     the attempt fails. Otherwise systemd would take the service for ended when
 //     this process exits.
-//   - Each successor is a child of systemd itself: Command.Sibling. It inherits
-//     NOTIFY_SOCKET and WATCHDOG_USEC, which Setup takes out of the environment
-//     of this process, so that no other program that this one runs can speak
-//     for it. What Prepare makes of these variables is overwritten.
+//   - EventUpgraded makes the successor the unit's main process (MAINPID=), and
+//     sends READY=1 for it. The hook returns when systemd has acted on it.
+//   - EventUpgradeFailed sends READY=1, so that systemctl reload returns, with the
+//     reason in STATUS=. The next call of Status or the next successful upgrade
+//     removes the reason. A trigger that was refused is answered in the same way.
+//   - EventStopping sends STOPPING=1. EventPartialStop sends nothing, because the
+//     process serves its clients for as long as that takes. TimeoutStopSec= is
+//     for the stop that follows.
+//   - A takeover by a process that this one has not started
+//     (Options.TakeoverSocket) is no reload, and changes STATUS= alone. The other
+//     process belongs to another unit, and makes that unit ready. This unit stays
+//     active until this process exits.
+//   - Each successor is a child of systemd itself (Command.Sibling). It inherits
+//     NOTIFY_SOCKET and WATCHDOG_USEC. Setup removes them from the environment of
+//     this process, so that no other program that this process runs can send
+//     messages in its place. If Prepare sets these variables, they are
+//     overwritten.
 //
-// Errors in telling systemd go to the program's Notify, in Event.Err, except
-// for EventReady, which systemd itself then reports as a start that timed out.
+// An error in sending is added to Event.Err for the program's Notify. The
+// exception is EventReady, for which systemd itself reports that the start has
+// timed out.
 //
-// Setup returns ErrNoSocket, with opts as they were, if NOTIFY_SOCKET is not
-// set. Any other error means that a variable does not have the form that
-// systemd gives it, or that nobody is there at NOTIFY_SOCKET, a path or an
-// abstract name. Nothing was changed then.
+// Setup returns ErrNoSocket, with opts unchanged, if NOTIFY_SOCKET is not set.
+// Any other error means that a variable does not have systemd's form, or that no
+// socket listens at NOTIFY_SOCKET, which is a path or an abstract name. Nothing
+// has been changed then.
 func Setup(opts *ecdysis.Options) (*Notifier, error) {
 	n, err := newNotifier()
 	if err != nil {
@@ -136,7 +140,7 @@ func Setup(opts *ecdysis.Options) (*Notifier, error) {
 		n.attempt += min(max(d, 0), math.MaxInt64-n.attempt)
 	}
 	for _, name := range []string{envSocket, envWatchdog, envWatchdogPID, envPredecessor} {
-		_ = os.Unsetenv(name) // fails for no name like these
+		_ = os.Unsetenv(name) // cannot fail for these names
 	}
 
 	prepare, notify := opts.Prepare, opts.Notify
@@ -151,7 +155,7 @@ func Setup(opts *ecdysis.Options) (*Notifier, error) {
 			}
 		}
 		if !taken {
-			n.equip(c)
+			n.setEnv(c)
 		}
 		return nil
 	}
@@ -160,10 +164,10 @@ func Setup(opts *ecdysis.Options) (*Notifier, error) {
 			if notify != nil {
 				notify(e)
 			}
-			_ = n.tell(e)
+			_ = n.notify(e)
 			return
 		}
-		if err := n.tell(e); err != nil {
+		if err := n.notify(e); err != nil {
 			e.Err = errors.Join(e.Err, err)
 		}
 		if notify != nil {
@@ -195,14 +199,14 @@ func newNotifier() (*Notifier, error) {
 		n.successor = true
 		address, list, _ := strings.Cut(s, ":")
 		if n.stored, err = parseStored(list); err != nil {
-			return nil, fmt.Errorf("systemd: %s is %q; want what an upgrading process sets for its successor: %w", envPredecessor, s, err)
+			return nil, fmt.Errorf("systemd: %s is %q; want the form that a predecessor sets: %w", envPredecessor, s, err)
 		}
 		n.relay = dialRelay(address)
 	}
 	return n, nil
 }
 
-// check reports, as an error, why nothing can be sent to the socket.
+// check returns an error if nothing can be sent to the socket.
 func (n *Notifier) check() error {
 	switch {
 	case !supported:
@@ -217,8 +221,8 @@ func (n *Notifier) check() error {
 	return c.Close()
 }
 
-// watchdogInterval is what systemd expects to hear from this process in; 0: it
-// does not.
+// watchdogInterval returns the time within which systemd expects a sign of life
+// from this process, or 0 if it expects none.
 func watchdogInterval() (time.Duration, error) {
 	usec, ok := os.LookupEnv(envWatchdog)
 	if !ok {
@@ -240,7 +244,7 @@ func watchdogInterval() (time.Duration, error) {
 	return time.Duration(u) * time.Microsecond, nil
 }
 
-// begin tells systemd that an upgrade begins. A takeover is none for it.
+// begin tells systemd that an upgrade begins. A takeover is not told.
 func (n *Notifier) begin(taken bool) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -254,8 +258,8 @@ func (n *Notifier) begin(taken bool) error {
 	return nil
 }
 
-// reloadingMessage has the time, by which systemd knows that it is the answer to
-// its signal.
+// reloadingMessage returns the message that a reload has begun. Its time shows
+// systemd that the message answers systemd's own signal.
 func (n *Notifier) reloadingMessage() string {
 	return "RELOADING=1\nMONOTONIC_USEC=" + strconv.FormatInt(monotonic().Microseconds(), 10) + "\n" + extendTimeout(n.attempt)
 }
@@ -268,11 +272,11 @@ func extendTimeout(d time.Duration) string {
 	return "EXTEND_TIMEOUT_USEC=" + strconv.FormatInt(usec, 10)
 }
 
-// equip gives a successor what it needs to be a service of systemd.
-func (n *Notifier) equip(c *ecdysis.Command) {
+// setEnv changes c so that the successor is a service of systemd.
+func (n *Notifier) setEnv(c *ecdysis.Command) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.next.close() // of an attempt whose hook has panicked
+	n.next.close() // left from an attempt whose hook has panicked
 	n.next = listenRelay()
 	c.Sibling = true
 	c.Env = slices.DeleteFunc(slices.Clone(c.Env), func(s string) bool {
@@ -281,13 +285,13 @@ func (n *Notifier) equip(c *ecdysis.Command) {
 	})
 	c.Env = append(c.Env, envSocket+"="+n.address, envPredecessor+"="+n.next.address()+formatStored(n.stored))
 	if n.watchdog > 0 {
-		// Without WATCHDOG_PID it is meant for whoever has it.
+		// Without WATCHDOG_PID it is meant for any process that has it.
 		c.Env = append(c.Env, envWatchdog+"="+strconv.FormatInt(n.watchdog.Microseconds(), 10))
 	}
 }
 
-// tell tells systemd of an event.
-func (n *Notifier) tell(e ecdysis.Event) error {
+// notify sends to systemd what an event means for it.
+func (n *Notifier) notify(e ecdysis.Event) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.replaced {
@@ -303,11 +307,11 @@ func (n *Notifier) tell(e ecdysis.Event) error {
 		if n.taken {
 			return n.send("STATUS=" + oneLine(e.String()))
 		}
-		return n.introduce(e.PID)
+		return n.promote(e.PID)
 	case ecdysis.EventUpgradeFailed:
 		return n.fail(e)
 	case ecdysis.EventStopping:
-		// A successor that has come to nothing is not what systemd waits for.
+		// A successor that has never served is not the main process.
 		if n.served || !n.successor {
 			return n.send("STOPPING=1")
 		}
@@ -315,8 +319,8 @@ func (n *Notifier) tell(e ecdysis.Event) error {
 	return nil
 }
 
-// introduce makes the successor the main process.
-func (n *Notifier) introduce(pid int) error {
+// promote makes the successor the main process.
+func (n *Notifier) promote(pid int) error {
 	defer func() {
 		n.next.close()
 		n.next, n.reloading, n.replaced = nil, false, true
@@ -325,30 +329,30 @@ func (n *Notifier) introduce(pid int) error {
 	if n.failed {
 		errs = append(errs, n.send("STATUS="))
 	}
-	said, err := n.next.accept(pid)
-	if said != nil {
-		// What it says from now on it says itself, as soon as it is heard:
-		// when said is closed.
-		defer said.Close()
-		errs = append(errs, said.CloseRead())
-		errs = append(errs, n.forward(said))
+	relayed, err := n.next.accept(pid)
+	if relayed != nil {
+		// CloseRead makes the successor keep its next messages until relayed is
+		// closed. It then sends them to systemd itself.
+		defer relayed.Close()
+		errs = append(errs, relayed.CloseRead())
+		errs = append(errs, n.forward(relayed))
 	}
 	message := "MAINPID=" + strconv.Itoa(pid) + "\nREADY=1"
 	if n.watchdog > 0 {
-		message += "\nWATCHDOG=1" // its first interval is a whole one
+		message += "\nWATCHDOG=1" // gives the successor a whole interval
 	}
 	errs = append(errs, err, n.send(message), n.barrier())
 	return errors.Join(errs...)
 }
 
-// forward sends on what the successor has said until now.
-func (n *Notifier) forward(said *net.UnixConn) error {
-	if err := said.SetReadDeadline(time.Now().Add(sendTimeout)); err != nil {
+// forward sends the messages that the successor has sent until now to systemd.
+func (n *Notifier) forward(relayed *net.UnixConn) error {
+	if err := relayed.SetReadDeadline(time.Now().Add(sendTimeout)); err != nil {
 		return err
 	}
 	buf := make([]byte, 4<<10)
 	for {
-		m, files, err := ecdysis.ReadFiles(said, buf)
+		m, files, err := ecdysis.ReadFiles(relayed, buf)
 		if err == io.EOF {
 			return nil
 		}
@@ -364,15 +368,15 @@ func (n *Notifier) forward(said *net.UnixConn) error {
 	}
 }
 
-// fail tells why this process serves on.
+// fail tells systemd that this process serves on, and why.
 func (n *Notifier) fail(e ecdysis.Event) error {
 	var attempted *ecdysis.UpgradeError
 	if !errors.As(e.Err, &attempted) {
 		if n.relay.open() {
-			return nil // not the main process yet: systemd does not wait for it
+			return nil // systemd does not wait for this process, which is not the main process yet
 		}
 		if err := n.send(n.reloadingMessage()); err != nil || n.reloading {
-			return err // READY comes with the end of the upgrade that runs
+			return err // READY is sent at the end of the running upgrade
 		}
 	} else {
 		n.next.close()
@@ -382,9 +386,9 @@ func (n *Notifier) fail(e ecdysis.Event) error {
 	return n.send("READY=1\nSTATUS=" + oneLine(e.String()))
 }
 
-// Status sets the text that systemctl status shows: one line, of at most 1024
-// bytes. What cannot be in it is replaced by spaces, and what is too long is
-// cut off. Of a successor it is shown when that has taken over.
+// Status sets the text that systemctl status shows. It is one line of at most
+// 1024 bytes. Control characters are replaced by spaces, and a longer text is cut
+// off. The text of a successor is shown when the successor has taken over.
 func (n *Notifier) Status(text string) error {
 	return n.say("status", func() error {
 		err := n.send("STATUS=" + oneLine(text))
@@ -393,11 +397,11 @@ func (n *Notifier) Status(text string) error {
 	})
 }
 
-// ExtendTimeout tells systemd that what the unit does now, starting or stopping,
-// takes until d from now at least, however short TimeoutStartSec=,
-// TimeoutStopSec= or RuntimeMaxSec= is. d is above 0; it does not make a time-out
-// shorter. See EXTEND_TIMEOUT_USEC in sd_notify(3). A successor that has not
-// taken over has Options.UpgradeTimeout, and no effect by this call.
+// ExtendTimeout tells systemd that the unit's present start or stop may take
+// until d from now, if TimeoutStartSec=, TimeoutStopSec= or RuntimeMaxSec= is
+// shorter. It does not make a time-out shorter. It is an error if d is not above
+// 0. See EXTEND_TIMEOUT_USEC in sd_notify(3). In a successor that has not taken
+// over the call has no effect, because Options.UpgradeTimeout bounds its start.
 func (n *Notifier) ExtendTimeout(d time.Duration) error {
 	return n.say("extend timeout", func() error {
 		if d <= 0 {
@@ -410,12 +414,13 @@ func (n *Notifier) ExtendTimeout(d time.Duration) error {
 	})
 }
 
-// Watchdog returns in which time systemd expects a sign of life from this
-// process, WatchdogSec= in the unit, and the call that gives one. 0: it expects
-// none, and ping does nothing. A program calls ping in half of the time, as
-// long as it is well, until it exits: no goroutine here does. In a successor
-// that has not taken over yet ping does nothing: then the old process, its
-// Probation included, is the one that is watched.
+// Watchdog returns the time within which systemd expects a sign of life from this
+// process (WatchdogSec= in the unit), and a function that sends one. If interval
+// is 0, systemd expects none, and ping does nothing. While a program is well it
+// should call ping after half the interval, again and again until it exits. No
+// goroutine of this package calls ping. In a successor that has not taken over
+// ping does nothing, because systemd watches the predecessor until then, its
+// Probation included.
 func (n *Notifier) Watchdog() (interval time.Duration, ping func() error) {
 	if n == nil {
 		return 0, func() error { return ErrNoSocket }
@@ -430,12 +435,11 @@ func (n *Notifier) Watchdog() (interval time.Duration, ping func() error) {
 	}
 }
 
-// say does what a call named what is for, if systemd listens to this process.
 // Send sends lines of sd_notify(3) for which there is no method, such as
-// "MONITOR_ENV=1" or "X_MYAPP_READY=1", separated by newlines. Of a successor
-// they are sent when it has taken over. READY=1, RELOADING=1, STOPPING=1 and
-// MAINPID= are the package's, and an error, because systemd would follow them
-// at the wrong time.
+// "MONITOR_ENV=1" or "X_MYAPP_READY=1", separated by newlines. The lines of a
+// successor reach systemd when the successor has taken over. Lines that the
+// package itself sends are refused, such as READY=1, RELOADING=1, STOPPING=1 and
+// MAINPID=, because systemd would act on them at the wrong time.
 func (n *Notifier) Send(lines string) error {
 	return n.say("send", func() error {
 		if err := checkLines(lines); err != nil {
@@ -452,12 +456,14 @@ func checkLines(lines string) error {
 		case !ok || name == "":
 			return fmt.Errorf("the line %q; want NAME=value", line)
 		case slices.Contains([]string{"READY", "RELOADING", "STOPPING", "MAINPID", "MAINPIDFDID", "FDSTORE", "BARRIER"}, name):
-			return fmt.Errorf("the line %q; %s= is told by this package", line, name)
+			return fmt.Errorf("the line %q; only this package sends %s=", line, name)
 		}
 	}
 	return nil
 }
 
+// say calls f for the method named what, unless this process has no unit. It
+// wraps f's error.
 func (n *Notifier) say(what string, f func() error) error {
 	if n == nil {
 		return ErrNoSocket
@@ -473,8 +479,9 @@ func (n *Notifier) say(what string, f func() error) error {
 	return nil
 }
 
-// send sends a message and copies of descriptors: to systemd or, from a
-// successor, to the old process for systemd. n.mu is held.
+// send sends a message and copies of descriptors to systemd. A successor that has
+// not taken over sends them to its predecessor, which forwards them. n.mu is
+// held.
 func (n *Notifier) send(message string, files ...*os.File) error {
 	if done, err := n.relay.send(message, files); done {
 		return err
@@ -493,15 +500,15 @@ func (n *Notifier) send(message string, files ...*os.File) error {
 	return nil
 }
 
-// dial leads to systemd anew for each message: it costs little, and nothing is
-// left open.
+// dial connects to systemd. Each message has a connection of its own, because
+// that costs little and leaves nothing open.
 func (n *Notifier) dial() (*net.UnixConn, error) {
 	return net.DialUnix("unixgram", nil, &net.UnixAddr{Net: "unixgram", Name: n.address})
 }
 
-// barrier returns when systemd has acted on all that was sent: it closes the
-// descriptor then. Without it, what a process has sent before it ended is
-// nobody's.
+// barrier returns when systemd has acted on all earlier messages. systemd shows
+// this by closing the descriptor. Without a barrier, systemd drops the last
+// messages of a process that ends, because it cannot tell whose they are.
 func (n *Notifier) barrier() error {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -517,20 +524,20 @@ func (n *Notifier) barrier() error {
 		return err
 	}
 	if _, err := r.Read(make([]byte, 1)); err != io.EOF {
-		return fmt.Errorf("systemd has not acted on it within %v: %w", sendTimeout, err)
+		return fmt.Errorf("systemd has not acted on the messages within %v: %w", sendTimeout, err)
 	}
 	return nil
 }
 
-// oneLine makes a text one that systemd takes as a value: it ends at the end of
-// the line, and has to be UTF-8.
+// oneLine returns s as a value that systemd accepts, which must be one line of
+// UTF-8.
 func oneLine(s string) string {
 	s = strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) {
 			return ' '
 		}
 		return r
-	}, s) // Map puts U+FFFD in the place of what is not UTF-8
+	}, s) // Map replaces bytes that are not UTF-8 by U+FFFD
 	if len(s) <= maxStatus {
 		return s
 	}
