@@ -10,6 +10,11 @@
 // when its last successor is killed during its probation. Then it replaces a web
 // server, examples/httpd, under clients that keep their connections, and prints
 // a table and a verdict. The exit status is 1 if a single request has failed.
+//
+// With -cost it measures what an upgrade costs on this machine, in under a
+// minute, each figure beside what the system itself takes for it:
+//
+//	go run ./examples/demo -cost -svg DIR
 package main
 
 import (
@@ -30,10 +35,20 @@ func main() {
 	if socket := os.Getenv(standInVar); socket != "" {
 		standIn(socket)
 	}
-	asJSON := flag.Bool("json", false, "print the result as one JSON document")
+	asJSON := flag.Bool("json", false, "print the result of the tour as one JSON document")
+	costs := flag.Bool("cost", false, "measure what an upgrade costs, instead of the tour")
+	svg := flag.String("svg", "", "draw what was measured into this `directory`")
+	page := flag.String("write", "", "with -cost: renew cost.md and its pictures in this `directory`, sizes by architecture included")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	if *costs {
+		if err := measure(ctx, *svg, *page); err != nil {
+			fmt.Fprintln(os.Stderr, "demo:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	r, err := tour(ctx)
 	switch {
 	case ctx.Err() != nil:

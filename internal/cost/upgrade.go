@@ -1,0 +1,212 @@
+//go:build darwin || dragonfly || freebsd || linux || netbsd || openbsd
+
+package cost
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// patience is how long one step of a generation may take.
+const patience = 30 * time.Second
+
+// A chain is generations of the measured program, which take orders.
+type chain struct {
+	hub *net.UnixListener
+	cmd *exec.Cmd
+	log bytes.Buffer
+}
+
+// A generation is one of them, connected to the hub.
+type generation struct {
+	c    net.Conn
+	r    *bufio.Reader
+	open int64  // when it was ready, in nanoseconds
+	addr string // of its first listener
+}
+
+// startChain runs the first generation.
+func startChain(ctx context.Context, program string, listeners int) (*chain, *generation, error) {
+	hub, err := net.Listen("unix", filepath.Join(filepath.Dir(program), "hub"))
+	if err != nil {
+		return nil, nil, err
+	}
+	c := &chain{hub: hub.(*net.UnixListener)}
+	c.cmd = exec.Command(program, "generation", hub.Addr().String(), fmt.Sprint(listeners))
+	c.cmd.Stderr = &c.log // of all generations: Wait waits until they have ended
+	c.cmd.WaitDelay = patience
+	if err := c.cmd.Start(); err != nil {
+		hub.Close()
+		return nil, nil, err
+	}
+	context.AfterFunc(ctx, func() { hub.Close() })
+	g, err := c.next()
+	if err != nil {
+		c.end(nil)
+		return nil, nil, err
+	}
+	return c, g, nil
+}
+
+// next returns the next generation when it is ready.
+func (c *chain) next() (*generation, error) {
+	if err := c.hub.SetDeadline(time.Now().Add(patience)); err != nil {
+		return nil, err
+	}
+	conn, err := c.hub.Accept()
+	if err != nil {
+		return nil, err
+	}
+	g := &generation{c: conn, r: bufio.NewReader(conn)}
+	if err := g.answer(&g.open, &g.addr); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return g, nil
+}
+
+// order has the generation do something, and scans its answer.
+func (g *generation) order(what byte, answer ...any) error {
+	if _, err := g.c.Write([]byte{what}); err != nil {
+		return err
+	}
+	return g.answer(answer...)
+}
+
+func (g *generation) answer(into ...any) error {
+	if err := g.c.SetDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
+	s, err := g.r.ReadString('\n')
+	if err != nil {
+		return fmt.Errorf("a generation has ended: %w", err)
+	}
+	_, err = fmt.Sscan(s, into...)
+	return err
+}
+
+// end ends the generation, which may be nil, and waits for all of them. It
+// returns what they have complained of.
+func (c *chain) end(g *generation) error {
+	c.hub.Close()
+	if g != nil {
+		g.c.Close()
+	}
+	err := c.cmd.Wait()
+	if s := strings.TrimSpace(c.log.String()); s != "" {
+		err = errors.Join(err, errors.New(s))
+	}
+	return err
+}
+
+// An Upgrade is what was measured with this number of listeners. Times are in
+// nanoseconds, and medians of so many pairs.
+type Upgrade struct {
+	Listeners, Pairs int
+
+	Took, ForkExec float64
+	Ratio          float64 // median of the pairs' ratios
+	Net            float64 // net alone, for all listeners
+	Silent         float64 // nobody accepts
+}
+
+// Floor is what an upgrade cannot cost less than: the process and the sockets.
+func (u Upgrade) Floor() float64 { return u.ForkExec + u.Net }
+
+// measureUpgrade measures pairs. In each, one generation forks and execs the
+// program, and the next is upgraded: both do it for the first time, when code
+// and heap are not in the cache yet.
+func measureUpgrade(ctx context.Context, program string, listeners, pairs int) (u Upgrade, err error) {
+	c, g, err := startChain(ctx, program, listeners)
+	if err != nil {
+		return u, err
+	}
+	defer func() { err = errors.Join(err, c.end(g)) }()
+	var took, forkExec, ratios, alone, silent []float64
+	var d, quiet int64
+	upgrade := func() error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := g.order('u', &d, &quiet); err != nil {
+			return err
+		}
+		s, err := c.next()
+		if err != nil {
+			return err
+		}
+		old := g
+		g = s
+		defer old.c.Close()
+		if listeners > 1 {
+			var n int64
+			if err := old.order('n', &n); err != nil {
+				return err
+			}
+			alone = append(alone, float64(n))
+		}
+		return nil
+	}
+	if err := upgrade(); err != nil { // the first generation has inherited nothing
+		return u, err
+	}
+	for range pairs {
+		var bare int64
+		if err := g.order('x', &bare); err != nil {
+			return u, err
+		}
+		if err := upgrade(); err != nil {
+			return u, err
+		}
+		if err := upgrade(); err != nil {
+			return u, err
+		}
+		took, forkExec = append(took, float64(d)), append(forkExec, float64(bare))
+		ratios = append(ratios, float64(d)/float64(bare))
+		silent = append(silent, float64(g.open-quiet))
+	}
+	return Upgrade{Listeners: listeners, Pairs: pairs, Took: median(took), ForkExec: median(forkExec), Ratio: median(ratios),
+		Net: median(alone), Silent: median(silent)}, nil
+}
+
+// A Call is a call beside that of package net, in nanoseconds.
+type Call struct {
+	Name             string
+	Pairs            int
+	Took, Net, Ratio float64
+}
+
+func measureCalls(ctx context.Context, program string, pairs int) ([]Call, error) {
+	cmd := exec.CommandContext(ctx, program, "calls", fmt.Sprint(pairs))
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, err
+	}
+	took, alone, ratios := map[string][]float64{}, map[string][]float64{}, map[string][]float64{}
+	for line := range strings.Lines(string(out)) {
+		var name string
+		var a, b float64
+		if _, err := fmt.Sscan(line, &name, &a, &b); err != nil {
+			return nil, fmt.Errorf("%q: %w", line, err)
+		}
+		took[name], alone[name], ratios[name] = append(took[name], a), append(alone[name], b), append(ratios[name], a/b)
+	}
+	var list []Call
+	for _, c := range []Call{{Name: "accept"}, {Name: "read"}} {
+		n := c.Name
+		c.Pairs, c.Took, c.Net, c.Ratio = len(ratios[n]), median(took[n]), median(alone[n]), median(ratios[n])
+		list = append(list, c)
+	}
+	list[0].Name, list[1].Name = "Accept", "a packet read through UDPConn"
+	return list, nil
+}
