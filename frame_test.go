@@ -84,6 +84,300 @@ func FuzzFrame(f *testing.F) {
 	})
 }
 
+// FuzzEntry: what is said of a descriptor is refused or understood, reads the
+// same after it was written again, and is not believed of a pipe.
+func FuzzEntry(f *testing.F) {
+	for _, w := range []wire{
+		{kind: kindListener, network: "tcp", address: ":80", boundKey: "tcp [::]:80", keep: true},
+		{kind: kindListener, network: "unix", address: "s", boundKey: "unix s", path: "/run/s", dev: 1, ino: 1<<64 - 1, foreign: true, renewed: true, gone: true},
+		{kind: kindPacket, network: "udp", address: ":53", boundKey: "udp 0.0.0.0:53"},
+		{kind: kindConn, name: "client"}, {kind: kindFile, name: "log"}, {kind: kindPair, name: "pair"},
+		{kind: kindState, size: 5}, {kind: kindAncestor, name: "7"}, {kind: "of a later version"},
+	} {
+		f.Add(w.appendTo(nil))
+	}
+	f.Add(appendRecord(nil, record{"kind=listener", "path=/s", "dev=-1", "ino=x"}))
+	f.Add(appendRecord(nil, record{"kind=state", "size=-1"}))
+	f.Add(appendRecord(nil, record{"kind=state", "kind=file", "size=9223372036854775808", "nonsense", "="}))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		size := len(b)
+		fr, _, err := parseFrame(append([]byte{frameSockets, byte(size >> 24), byte(size >> 16), byte(size >> 8), byte(size)}, b...))
+		if err != nil {
+			return
+		}
+		for _, r := range fr.records {
+			w, err := decodeWire(r)
+			if err == nil {
+				b := w.appendTo(newFrame(frameSockets))
+				if len(b) <= frameHeader+maxFrame {
+					written, _, err := parseFrame(endFrame(b))
+					if err != nil || len(written.records) != 1 {
+						t.Fatalf("%+v became %q, %v", w, b, err)
+					}
+					if again, err := decodeWire(written.records[0]); err != nil || again != w {
+						t.Fatalf("%+v became %+v, %v", w, again, err)
+					}
+				}
+			}
+			in, out, perr := os.Pipe()
+			if perr != nil {
+				t.Fatal(perr)
+			}
+			out.Close()
+			raw, perr := in.SyscallConn()
+			if perr != nil {
+				t.Fatal(perr)
+			}
+			e := new(entry)
+			var ierr error
+			if perr := raw.Control(func(fd uintptr) { ierr = e.inherit(r, int(fd)) }); perr != nil {
+				t.Fatal(perr)
+			}
+			in.Close()
+			switch w.kind {
+			case kindListener, kindPacket, kindPair, kindConn:
+				if ierr == nil {
+					t.Fatalf("a pipe was taken for %+v", w)
+				}
+			}
+			if (err != nil || w.kind == kindState && w.size > 0) && ierr == nil || ierr != nil && !strings.Contains(ierr.Error(), w.label()) {
+				t.Fatalf("%q, %v: a pipe with it: %v", r, err, ierr)
+			}
+		}
+	})
+}
+
+// FuzzInheritance: a variable leads to the other end that it names, or is
+// refused. Either way it is gone from the environment.
+func FuzzInheritance(f *testing.F) {
+	for _, s := range []string{
+		"fd=FD pid=PID uid=UID", "uid=UID fd=FD later=1 pid=PID", "", "hello world", "fd=99 pid=PID uid=UID", "fd=-1 pid=PID uid=UID", "fd=0 pid=PID uid=UID",
+		"pid=PID uid=UID", "fd=FD uid=UID", "fd=FD pid=PID", "fd=FD pid=1 uid=UID", "fd=FD pid=PID uid=4711", "fd=FD fd=0 pid=PID pid=1 uid=UID",
+		"fd=99999999999999999999 pid=PID uid=UID", "fd=FD\tpid=PID\nuid=UID", "FD PID UID", "fd=+FD pid=0PID uid=UID",
+	} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, value string) {
+		fds, err := socketpair(unix.SOCK_STREAM)
+		if err != nil {
+			t.Fatal(err)
+		}
+		told, terr := peerCred(fds[1])
+		value = strings.NewReplacer("FD", strconv.Itoa(fds[1]), "PID", strconv.Itoa(os.Getpid()), "UID", strconv.Itoa(os.Geteuid())).Replace(value)
+		if os.Setenv(envName, value) == nil { // it has no NUL
+			if got, ok := takeInheritance(); !ok || got != value {
+				t.Fatalf("%q was taken as %q, %v", value, got, ok)
+			}
+			if got, ok := os.LookupEnv(envName); ok {
+				t.Fatalf("%q is still there", got)
+			}
+		}
+		s, err := openStream(value)
+		if err == nil {
+			r := record(strings.Split(value, " "))
+			pid, perr := strconv.Atoi(r.get("pid"))
+			uid, uerr := strconv.Atoi(r.get("uid"))
+			if perr != nil || uerr != nil || terr == nil && (told.UID != uid || told.PID != 0 && told.PID != pid) {
+				t.Fatalf("%q was taken, and the other end is of %+v", value, told)
+			}
+			s.close()
+		}
+		for _, fd := range fds { // openStream takes the one that it accepts over
+			if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil {
+				unix.Close(fd)
+			}
+		}
+	})
+}
+
+// wholeConversation returns the frames of an upgrade, in order, that a successor
+// receives, or that the predecessor of a taker receives.
+func wholeConversation(successor bool) [][]byte {
+	if successor {
+		hello := record{"version=1", "generation=3", "pid=7", "network=0", "unit=a", "retired=b", "retired=c"}
+		return [][]byte{
+			makeFrame(frameHello, []record{hello}),
+			makeFrame(frameSockets, []record{{"kind=file", "name=x"}, {"kind=state", "size=0"}, {"kind=generation", "name=2"}, {"kind=later"}}),
+			makeFrame('z', []record{{"later=1"}}),
+			makeFrame(frameEnd, nil),
+			makeFrame(frameCommit, []record{{"probation=1000"}}),
+			makeFrame(frameStop, []record{{"kind=partial stop", "socket=/run/s", "signal=15"}}),
+			makeFrame(frameFinal, nil),
+		}
+	}
+	return [][]byte{
+		makeFrame(frameTake, []record{{"version=1", "unit=a"}}),
+		makeFrame(frameAck, nil),
+		makeFrame(frameReady, []record{{"pid=7", "unclaimed=/run/s", "label=unix /run/s"}}),
+		makeFrame(frameDone, nil),
+		makeFrame(frameBye, nil),
+	}
+}
+
+// FuzzConversation: whatever the other process sends, with descriptors or
+// without, and wherever it ends, this one comes to an end, too, and has none of
+// the descriptors. It is a successor or a predecessor.
+func FuzzConversation(f *testing.F) {
+	for _, successor := range []bool{true, false} {
+		frames := wholeConversation(successor)
+		for i := range frames {
+			f.Add(successor, uint8(4), slices.Concat(frames[:i+1]...))
+		}
+		f.Add(successor, uint8(0), slices.Concat(frames...))
+		f.Add(successor, uint8(1), slices.Concat(frames[0], makeFrame(frameFail, []record{{"reason=x", "inuse=1", "network=tcp", "address=:80"}})))
+		f.Add(successor, uint8(1), slices.Concat(frames[0], makeFrame(frameAbort, []record{{"reason=x"}})))
+		f.Add(successor, uint8(2), append(slices.Clone(frames[0]), frames[1][:len(frames[1])-1]...))
+	}
+	f.Add(true, uint8(1), makeFrame(frameHello, []record{{"version=2"}}))
+	f.Add(true, uint8(1), makeFrame(frameHello, []record{{"version=1", "generation=-1"}}))
+	f.Add(true, uint8(5), append(makeFrame(frameHello, []record{{"version=1", "generation=0"}}),
+		makeFrame(frameSockets, []record{{"kind=file"}, {"kind=state", "size=x"}, {"kind=conn"}, {"kind=file"}})...))
+	f.Fuzz(func(t *testing.T, successor bool, files uint8, b []byte) {
+		if len(b) == 0 || len(b) > maxFrame {
+			return
+		}
+		near, far := pairOf(t, unix.SOCK_STREAM)
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		sent := make(chan struct{})
+		go func() {
+			defer close(sent)
+			defer far.Close()
+			if _, err := WriteFiles(far, b[:1], slices.Repeat([]*os.File{w}, int(files%8))...); err == nil {
+				_, _ = far.Write(b[1:]) // an error means that the other side has ended
+			}
+		}()
+		s, err := streamOn(near)
+		if err != nil {
+			t.Fatal(err)
+		}
+		u := &Upgrader{pred: newPredecessor(s)}
+		if successor {
+			s.inherits = true
+			converseAsSuccessor(u)
+		} else if _, err := s.awaitTake(); err == nil {
+			a := &attempt{u: u, s: s, child: &child{}}
+			for err == nil { // what comes after READY is read as standBy does
+				if err = a.awaitReady(time.Time{}); err == nil {
+					_ = a.unexpected(frame{kind: frameFail})
+					a.saidBye()
+				}
+			}
+		}
+		s.close()
+		<-sent
+		w.Close()
+		if err := r.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := r.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+			t.Fatalf("read %d, %v; want the end, because no descriptor is left", n, err)
+		}
+	})
+}
+
+// converseAsSuccessor does what New, Ready and WaitForParent do with frames, and
+// closes what has come.
+func converseAsSuccessor(u *Upgrader) {
+	f, err := u.pred.hello()
+	if err == nil {
+		err = u.receiveInheritance(f, time.Time{})
+	}
+	if err != nil {
+		return
+	}
+	orphan, err := u.pred.awaitCommit(nil, func() bool { return false })
+	if err == nil && !orphan {
+		for end := false; !end; {
+			f, err := u.pred.s.read(time.Time{})
+			u.handle(f, err)
+			end = err != nil
+		}
+	}
+	u.state.close()
+	for _, e := range slices.Concat(u.reg.inherited, u.reg.ancestors) {
+		if e.raw != u.pred.s.raw {
+			e.closeBare()
+		}
+	}
+}
+
+// FuzzRequest: whatever a client of a control socket sends, and whatever the
+// answer is, it gets one line of text, and then the end.
+func FuzzRequest(f *testing.F) {
+	f.Add([]byte(nil), "ok pid=4711 generation=3")
+	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"), "error: ecdysis: upgrade failed at init: no such colour:\n\tmauve")
+	f.Add(makeFrame(frameTake, []record{{"version=1"}}), "error: \x00\x1b[2J\xff")
+	f.Add(make([]byte, 4<<10), "")
+	f.Fuzz(func(t *testing.T, sent []byte, text string) {
+		if len(sent) > 4<<10 || len(text) > 1<<10 { // what every system takes without a reader
+			return
+		}
+		c, client := pairOf(t, unix.SOCK_STREAM)
+		if _, err := client.Write(sent); err != nil {
+			t.Fatal(err)
+		}
+		answer(c, text)
+		b, err := io.ReadAll(client)
+		client.Close()
+		line, ended := strings.CutSuffix(string(b), "\n")
+		if err != nil || !ended || strings.ContainsFunc(line, func(r rune) bool { return r < ' ' }) {
+			t.Fatalf("the answer %q is sent as %q, %v; want a line of text, and the end", text, b, err)
+		}
+	})
+}
+
+// FuzzReply: an answer of a control socket is a Reply, which is written the same
+// again, or an error.
+func FuzzReply(f *testing.F) {
+	for _, s := range []string{
+		"ok pid=4711 generation=3\n", "ok pid=4711 generation=3 colour=blue\n", "error: ecdysis: an upgrade is in progress\n", "",
+		"ok pid=4711 generation=3", "ok\n", "ok pid=x generation=3\n", "pid=1 generation=1\n", "220 mail.example ESMTP\r\n", "\n", "error: \nok pid=1 generation=1\n",
+	} {
+		f.Add([]byte(s))
+	}
+	dir, err := os.MkdirTemp("", "ecd")
+	if err != nil {
+		f.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "s")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		f.Fatal(err)
+	}
+	defer ln.Close()
+	f.Fuzz(func(t *testing.T, b []byte) {
+		answered := make(chan error, 1)
+		go func() {
+			c, err := ln.Accept()
+			if err == nil {
+				_, _ = c.Write(b) // an error means that the client has read enough
+				err = c.Close()
+			}
+			answered <- err
+		}()
+		r, err := Request(t.Context(), path)
+		if aerr := <-answered; aerr != nil {
+			t.Fatal(aerr)
+		}
+		line, _, whole := strings.Cut(string(b[:min(len(b), maxFrame)]), "\n")
+		text, refused := strings.CutPrefix(line, "error: ")
+		again, ok := parseReply("ok " + r.String())
+		switch {
+		case err == nil && (!whole || refused || !strings.HasPrefix(line+" ", "ok ") || !ok || again != r):
+			t.Fatalf("%q is the reply %v, which is read as %v, %v", b, r, again, ok)
+		case err != nil && r != Reply{}:
+			t.Fatalf("%q is the reply %v, and %v", b, r, err)
+		case !whole && !errors.Is(err, io.ErrUnexpectedEOF), whole && refused && (err == nil || !strings.HasSuffix(err.Error(), text)):
+			t.Fatalf("%q is the reply %v, %v", b, r, err)
+		}
+	})
+}
+
 // A descriptor that is not what the older process says is refused, whatever
 // else it is.
 func TestInheritedDescriptors(t *testing.T) {

@@ -111,19 +111,15 @@ func passedHere() ([]passed, error) {
 	if !supported {
 		return nil, errors.ErrUnsupported
 	}
-	count, err := strconv.Atoi(fds)
-	if err != nil || count < 0 {
-		return nil, fmt.Errorf("LISTEN_FDS is %q; want a number of descriptors", fds)
-	}
-	label := strings.Split(names, ":")
-	if named && len(label) != count && (count > 0 || names != "") {
+	count, label, err := parseListen(fds, names, named)
+	if err != nil {
 		closePassed(inherited(count))
-		return nil, fmt.Errorf("LISTEN_FDNAMES is %q, which is %d names for the %d descriptors of LISTEN_FDS", names, len(label), count)
+		return nil, err
 	}
 	list := inherited(count)
 	for i := range list {
 		unix.CloseOnExec(list[i].fd)
-		if list[i].name = "unknown"; named && label[i] != "" {
+		if list[i].name = "unknown"; label != nil && label[i] != "" {
 			list[i].name = label[i]
 		}
 	}
@@ -133,6 +129,24 @@ func passedHere() ([]passed, error) {
 		return nil, fmt.Errorf("LISTEN_FDS is %d, but descriptor %d was not passed, or this process has closed or replaced it", count, missing)
 	}
 	return list, nil
+}
+
+// parseListen returns what LISTEN_FDS and, if there is one, LISTEN_FDNAMES say:
+// the number of descriptors, and their names. With an error about the names it
+// returns the number, too.
+func parseListen(fds, names string, named bool) (count int, label []string, err error) {
+	count, err = strconv.Atoi(fds)
+	if err != nil || count < 0 {
+		return 0, nil, fmt.Errorf("LISTEN_FDS is %q; want a number of descriptors", fds)
+	}
+	if !named {
+		return count, nil, nil
+	}
+	label = strings.Split(names, ":")
+	if len(label) != count && (count > 0 || names != "") {
+		return count, nil, fmt.Errorf("LISTEN_FDNAMES is %q, which is %d names for the %d descriptors of LISTEN_FDS", names, len(label), count)
+	}
+	return count, label, nil
 }
 
 // inherited returns the descriptors that were passed, up to the first one that

@@ -1,6 +1,9 @@
 package tableflip
 
-import "testing"
+import (
+	"strings"
+	"testing"
+)
 
 // TestNames keeps the names in package ecdysis, by which the next version finds
 // what this one hands on.
@@ -42,6 +45,27 @@ func FuzzNames(f *testing.F) {
 	f.Add("conn tcp :80")
 	f.Fuzz(func(t *testing.T, name string) {
 		k := key{kindFile, name, ""}
+		if got := keyOf(k.name()); got != k {
+			t.Errorf("%q is the name of %q; want %q", k.name(), got, k)
+		}
+	})
+}
+
+// FuzzKeys: the name of anything leads back to it. Only the words of an address
+// may have spaces.
+func FuzzKeys(f *testing.F) {
+	f.Add(uint8(0), "tcp", ":80")
+	f.Add(uint8(1), "unixgram", "/a path/s")
+	f.Add(uint8(2), "", "")
+	f.Add(uint8(3), "fd listener tcp :80", "")
+	f.Fuzz(func(t *testing.T, kind uint8, network, address string) {
+		k := key{[]string{kindListener, kindPacket, kindConn, kindFile}[kind%4], network, address}
+		switch {
+		case k.kind == kindFile:
+			k.address = ""
+		case strings.Contains(network, " "):
+			return
+		}
 		if got := keyOf(k.name()); got != k {
 			t.Errorf("%q is the name of %q; want %q", k.name(), got, k)
 		}
