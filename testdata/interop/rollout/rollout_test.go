@@ -224,7 +224,7 @@ func TestMetrics(t *testing.T) {
 		defer resp.Body.Close()
 		b, err := io.ReadAll(resp.Body)
 		for _, line := range lines {
-			if !regexp.MustCompile(`(?m)^` + line + `$`).Match(b) || err != nil {
+			if !regexp.MustCompile(`(?m)^`+line+`$`).Match(b) || err != nil {
 				t.Fatalf("%v, no line %s in\n%s", err, line, b)
 			}
 		}
