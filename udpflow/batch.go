@@ -6,8 +6,8 @@ import (
 	"unsafe"
 )
 
-// A Message is golang.org/x/net's ipv4.Message, which is also its
-// ipv6.Message, or a type of the same fields.
+// A Message is golang.org/x/net's ipv4.Message, which is the same type as its
+// ipv6.Message, or a type with the same fields.
 type Message interface {
 	~struct {
 		Buffers [][]byte
@@ -28,21 +28,21 @@ type netMessage = struct {
 	Flags   int
 }
 
-// A BatchConn is a Conn that reads several packets by one call. It is made for
-// libraries that ask their socket for a ReadBatch, as quic-go does:
+// A BatchConn is a Conn that reads several packets by one call. It is for libraries
+// that call ReadBatch on their socket if it has one, as quic-go does:
 //
 //	transport := &quic.Transport{Conn: udpflow.BatchConn[ipv4.Message]{conn}}
 //
-// The NewPacketConn of golang.org/x/net's ipv4 and ipv6 must not be used to
-// read from a Conn, because what it reads cannot be sorted. It may be used for
-// options and to write.
+// The NewPacketConn of golang.org/x/net's ipv4 and ipv6 must not be used to read
+// from a Conn, because the packets that it reads cannot be sorted by their flows.
+// It may be used to set options and to write.
 type BatchConn[M Message] struct{ *Conn }
 
-// ReadBatch fills messages as the method of the same name of golang.org/x/net
-// does, and returns how many, at most 64 and, on other systems than Linux, one.
-// It waits until there is at least one. There are no flags: others than 0 are
-// an error that wraps errors.ErrUnsupported. Packets of one client may have the
-// same address, a *net.UDPAddr, which the caller must not change.
+// ReadBatch waits until there is a packet, and fills messages as the ReadBatch of
+// golang.org/x/net does. It returns the number of messages that it has filled,
+// which is at most 64, and 1 on systems other than Linux. Flags other than 0 are
+// an error that wraps errors.ErrUnsupported. Packets of one client may share one
+// *net.UDPAddr, which the caller must not change.
 func (c BatchConn[M]) ReadBatch(ms []M, flags int) (int, error) {
 	if flags != 0 {
 		return 0, c.opError("read", errors.ErrUnsupported)

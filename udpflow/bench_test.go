@@ -9,12 +9,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// BenchmarkRead measures what a packet of one's own costs, and one that is
-// forwarded and read in the older process, against net's own read, and in
-// batches of 32 against what golang.org/x/net does: one recvmmsg(2) and an
-// address for each packet. All take turns, with packets that are in the socket
-// before the clock runs, and the medians of all turns are compared, because
-// other programs disturb some.
+// BenchmarkRead measures a packet of the process's own flow, and a packet that is
+// forwarded and read in the older process, against net's own read. In batches of
+// 32 it measures them against what golang.org/x/net does, which is one recvmmsg(2)
+// and an address for each packet. All take turns, with packets that are in the
+// socket before the clock runs. The medians of all turns are compared, because
+// other programs disturb some turns.
 func BenchmarkRead(b *testing.B) {
 	const burst = 256
 	packet, buf := make([]byte, 200), make([]byte, 1500)

@@ -7,11 +7,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A clock tells the time that all processes have in common, in milliseconds
-// since the system has started.
+// A clock tells a time that is the same in all processes, in milliseconds since
+// the system was started.
 type clock struct {
 	start time.Time
-	at    uint64 // what it was at start
+	at    uint64 // the clock's time at start
 }
 
 func newClock() (clock, error) {

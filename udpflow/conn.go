@@ -19,26 +19,26 @@ import (
 	"github.com/ecdysis-go/ecdysis"
 )
 
-// A Conn is a UDP socket whose flows stay with the processes that they began
-// in. It is made by [ListenPacket].
+// A Conn is a UDP socket whose flows stay with the processes in which they began.
+// [ListenPacket] makes it.
 //
-// Its read methods wait until Ready has succeeded. In the newest process they
-// return the packets of its own flows, and hand those of older processes to
-// them. When this process is replaced they return the packets that newer
-// processes hand to it, until Close. A deadline for reading holds throughout.
+// The read methods wait until Ready has succeeded. In the newest process they
+// return the packets of this process's flows, and forward packets of older
+// processes' flows. When this process has been replaced, they return the packets
+// that newer processes forward to it, until Close. A read deadline applies
+// throughout.
 //
-// Write methods write to the socket at any time. If Config.Key is nil, a packet
-// that is written to the address of a flow counts as one of the flow, so that
-// it does not expire.
+// The write methods write to the socket at any time. If Config.Key is nil, a
+// packet that is written to a flow's address keeps the flow from expiring.
 //
-// The methods of the embedded UDPConn must not be used to read: they would
-// take packets of older processes. File has the same fault.
+// The embedded UDPConn must not be used to read, because it would take packets of
+// older processes. The same is true of the file that File returns.
 type Conn struct {
 	*ecdysis.UDPConn
 	config    Config
 	g         *group
 	self      *peer
-	raw       syscall.RawConn // of the socket; it waits as the core's reads do
+	raw       syscall.RawConn // of the socket; its Read is paused like the core's reads
 	inbox     *os.File        // packets from newer processes
 	inboxRaw  syscall.RawConn
 	idle      uint64 // Config.IdleTimeout in milliseconds
@@ -46,15 +46,15 @@ type Conn struct {
 	stash     stash
 	done      chan struct{} // closed by Close
 
-	source    atomic.Uint32 // where to read
-	named     atomic.Uint64 // when a packet last named this generation
+	source    atomic.Uint32 // fromSocket, fromInbox or fromBoth
+	named     atomic.Uint64 // the time at which a packet last named this generation
 	own       atomic.Uint64
 	forwarded atomic.Uint64
 	dropped   atomic.Uint64
 	received  atomic.Uint64
 	takenOver atomic.Uint64
 	untracked atomic.Uint64
-	mu        sync.Mutex // guards what follows, and the deadlines of socket and inbox
+	mu        sync.Mutex // guards the fields below, and the deadlines of socket and inbox
 	deadline  time.Time
 	closed    bool
 }
@@ -63,7 +63,7 @@ type Conn struct {
 const (
 	fromSocket = iota // this process is the newest, as far as it knows
 	fromInbox         // a successor has the socket
-	fromBoth          // it has ended: the inbox first, then the socket
+	fromBoth          // the successor has ended; first the inbox is emptied, then the socket read
 )
 
 func newConn(u *ecdysis.Upgrader, core *ecdysis.UDPConn, config Config) (*Conn, error) {
@@ -83,7 +83,7 @@ func newConn(u *ecdysis.Upgrader, core *ecdysis.UDPConn, config Config) (*Conn, 
 	return c, nil
 }
 
-// read makes a call that fills r.
+// read waits until r has at least one packet.
 func (c *Conn) read(r *reader) error {
 	r.c = c
 	for {
@@ -134,8 +134,8 @@ func (c *Conn) isClosed() bool {
 	return c.closed
 }
 
-// expired reports whether the caller's deadline is over. A read that has met
-// another one was woken by the package.
+// expired reports whether the caller's deadline has passed. Otherwise a read that
+// has timed out was woken by the package.
 func (c *Conn) expired() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -144,21 +144,21 @@ func (c *Conn) expired() bool {
 
 var past = time.Unix(1, 0)
 
-// handOver makes the readers go over to the inbox. They wait in the core,
-// which the deadline ends.
+// handOver makes the readers read from the inbox. The deadline wakes those that
+// wait in the core.
 func (c *Conn) handOver() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
 		return
 	}
-	_ = c.inbox.SetReadDeadline(c.deadline) // as below, fails only if it is closed
+	_ = c.inbox.SetReadDeadline(c.deadline) // like the calls below, fails only if the file is closed
 	c.source.Store(fromInbox)
 	_ = c.UDPConn.SetReadDeadline(past)
 }
 
-// resume makes the readers go back to the socket, with what the successor has
-// sent first. It returns when no reader waits for the inbox.
+// resume makes the readers read from the socket again, after the packets that the
+// successor has sent to the inbox. It returns when no reader waits for the inbox.
 func (c *Conn) resume() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -168,12 +168,12 @@ func (c *Conn) resume() {
 	_ = c.UDPConn.SetReadDeadline(c.deadline)
 	c.source.Store(fromBoth)
 	_ = c.inbox.SetReadDeadline(past)
-	_ = c.inboxRaw.Read(func(uintptr) bool { return true }) // comes after each read that waits
+	_ = c.inboxRaw.Read(func(uintptr) bool { return true }) // begins when each read that waits has ended
 	_ = c.inbox.SetReadDeadline(time.Time{})
 }
 
-// SetDeadline sets the time at which reading and writing fail with
-// os.ErrDeadlineExceeded; the zero time is none.
+// SetDeadline sets the time after which reads and writes fail with
+// os.ErrDeadlineExceeded. The zero time means no deadline.
 func (c *Conn) SetDeadline(t time.Time) error {
 	if err := c.SetWriteDeadline(t); err != nil {
 		return err
@@ -181,8 +181,8 @@ func (c *Conn) SetDeadline(t time.Time) error {
 	return c.SetReadDeadline(t)
 }
 
-// SetReadDeadline sets the time at which reading fails with
-// os.ErrDeadlineExceeded; the zero time is none.
+// SetReadDeadline sets the time after which reads fail with
+// os.ErrDeadlineExceeded. The zero time means no deadline.
 func (c *Conn) SetReadDeadline(t time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -196,9 +196,10 @@ func (c *Conn) SetReadDeadline(t time.Time) error {
 	return c.UDPConn.SetReadDeadline(t)
 }
 
-// Close makes reading fail with net.ErrClosed and closes the socket here. In
-// the newest process it also withdraws the socket and its flows from what is
-// handed on. In an older one the flows that are left go to the newest process.
+// Close makes reads fail with net.ErrClosed and closes this process's copy of the
+// socket. In the newest process it also withdraws the socket and its flows from
+// what is handed on. In an older process it leaves the remaining flows to the
+// newest process.
 func (c *Conn) Close() error {
 	c.mu.Lock()
 	closed := c.closed
@@ -208,7 +209,7 @@ func (c *Conn) Close() error {
 		return c.opError("close", net.ErrClosed)
 	}
 	close(c.done)
-	err := c.UDPConn.Close() // waits for what reads
+	err := c.UDPConn.Close() // waits for running reads
 	if ierr := c.inbox.Close(); err == nil {
 		err = ierr
 	}
@@ -218,10 +219,11 @@ func (c *Conn) Close() error {
 	return err
 }
 
-// SyscallConn returns the raw connection of the socket, for options and for
-// writing. Its Read fails with errors.ErrUnsupported: what a function reads by
-// itself cannot be sorted. To read several packets by one call, as
-// golang.org/x/net's ReadBatch does, use a [BatchConn].
+// SyscallConn returns the raw connection of the socket, for setting options and
+// for writing. Its Read fails with an error that wraps errors.ErrUnsupported,
+// because packets that a function reads by itself cannot be sorted by their
+// flows. Use a [BatchConn] to read several packets by one call, as
+// golang.org/x/net's ReadBatch does.
 func (c *Conn) SyscallConn() (syscall.RawConn, error) { return rawConn{c.raw, c}, nil }
 
 type rawConn struct {
@@ -233,11 +235,11 @@ func (r rawConn) Read(func(uintptr) bool) error {
 	return r.c.opError("read", fmt.Errorf("by SyscallConn, which would take the packets of older processes; use a udpflow.BatchConn: %w", errors.ErrUnsupported))
 }
 
-// Claim makes the flow of a key this process's, before its first packet or
-// while another process has it. A program calls it when it begins a flow
-// itself, or when it tells a client of another key. If Config.Key is nil, a key
-// is what MarshalBinary returns for the address. A claim of a successor that is
-// not ready yet is lost if a packet of the flow comes before it is.
+// Claim makes the flow of a key this process's flow, before its first packet or
+// while another process has it. A program calls it when it begins a flow itself,
+// or when it gives a client another key. If Config.Key is nil, a key is what
+// MarshalBinary returns for the address. A claim that a successor makes before it
+// is ready is lost if a packet of the flow comes before the successor is ready.
 func (c *Conn) Claim(key []byte) {
 	c.g.life.RLock()
 	defer c.g.life.RUnlock()
@@ -251,22 +253,23 @@ func (c *Conn) Claim(key []byte) {
 	}
 }
 
-// expiry returns when a flow ends whose last packet has come now. The time is
-// an eighth longer than promised, so that the slot of a busy flow is not
-// written for each packet.
+// expiry returns the time at which a flow ends if its last packet has come now.
+// The time is an eighth longer than promised, so that the slot of a busy flow is
+// not written for each packet.
 func (c *Conn) expiry(now uint64) uint64 { return now + c.idle + c.idle/8 + 1 }
 
-// refresh keeps a flow from expiring. now is when its packet has come.
+// refresh keeps a flow from expiring. Its packet has come at the time now.
 func (c *Conn) refresh(s *slot, state, now uint64) {
 	if expiryOf(state) <= now+c.idle {
 		s.refresh(state, c.expiry(now))
 	}
 }
 
-// Drained waits until this process has no live flow, and returns nil, or until
-// ctx is done, with an error that wraps ctx's. It returns net.ErrClosed after
-// Close. Flows that Config.Generation has told count as one that lives until
-// Config.IdleTimeout after its last packet.
+// Drained waits until this process has no live flow, and returns nil. If ctx is
+// done first, it returns an error that wraps ctx's cause. After Close it returns
+// an error that wraps net.ErrClosed. All packets for which Config.Generation has
+// named this process count as one flow, which ends Config.IdleTimeout after its
+// last packet.
 func (c *Conn) Drained(ctx context.Context) error {
 	for {
 		wait, err := c.untilDrained()
@@ -288,7 +291,7 @@ func (c *Conn) Drained(ctx context.Context) error {
 	}
 }
 
-// untilDrained returns how long the last flow lives if no packet comes.
+// untilDrained returns the time until the last flow ends if no packet comes.
 func (c *Conn) untilDrained() (time.Duration, error) {
 	c.g.life.RLock()
 	defer c.g.life.RUnlock()
@@ -318,8 +321,8 @@ func (c *Conn) Stats() Stats {
 	}
 }
 
-// decide returns the older process that a packet is for; nil if it is for this
-// one. It is called while the packet is received.
+// decide returns the older process that a packet is for, or nil if the packet is
+// for this process. It is called while the packet is received.
 func (c *Conn) decide(m *message, packet []byte, now uint64) *peer {
 	peers := c.g.peers.Load()
 	m.named, m.tracked, m.until = false, false, 0
@@ -380,7 +383,7 @@ func (c *Conn) decide(m *message, packet []byte, now uint64) *peer {
 
 // addressKey appends what MarshalBinary returns for an address.
 func addressKey(b []byte, a netip.AddrPort) []byte {
-	if ip := a.Addr(); ip.Is4() || ip.Is4In6() { // most are, and this is faster
+	if ip := a.Addr(); ip.Is4() || ip.Is4In6() { // most addresses, and this is faster
 		ip4 := ip.As4()
 		return binary.LittleEndian.AppendUint16(append(b, ip4[:]...), a.Port())
 	}
@@ -414,8 +417,8 @@ func (c *Conn) wrote(to netip.AddrPort) {
 	}
 }
 
-// zoneNames are the names of interfaces by their numbers, which net has in its
-// addresses.
+// zoneNames has the names of interfaces by their numbers, because net's addresses
+// have the names.
 var zoneNames sync.Map
 
 func zoneName(id uint32) string {
@@ -484,7 +487,7 @@ func (c *Conn) ReadMsgUDP(b, oob []byte) (n, oobn, flags int, from *net.UDPAddr,
 	return n, oobn, flags, udpAddr(a), nil
 }
 
-// An addrBlock is a net.UDPAddr with its IP address.
+// An addrBlock is a net.UDPAddr and the bytes of its IP address in one allocation.
 type addrBlock struct {
 	a  net.UDPAddr
 	ip [16]byte
@@ -541,8 +544,8 @@ func (c *Conn) WriteMsgUDPAddrPort(b, oob []byte, to netip.AddrPort) (n, oobn in
 	return c.UDPConn.WriteMsgUDPAddrPort(b, oob, to)
 }
 
-// peerGone reports whether the other end of an inbox is closed, where the
-// system tells. Elsewhere a send finds out.
+// peerGone reports whether the other end of an inbox is closed, if the system
+// tells it. On other systems a send finds out.
 func peerGone(f *os.File) (gone bool) {
 	raw, err := f.SyscallConn()
 	if err != nil {

@@ -22,10 +22,10 @@ import (
 	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
-// These tests are about one process. A socket of an older one is made by
-// addOlder. upgrade_test.go has real older processes.
+// These tests have one process. addOlder makes the socket of an older process.
+// upgrade_test.go has real older processes.
 
-// udpConn is what *net.UDPConn and *Conn have in common.
+// udpConn has the methods that *net.UDPConn and *Conn have in common.
 type udpConn interface {
 	net.Conn
 	net.PacketConn
@@ -42,7 +42,7 @@ type udpConn interface {
 
 var _, _ udpConn = (*net.UDPConn)(nil), (*Conn)(nil)
 
-// A result is what a read method has returned.
+// A result has the results of a read method.
 type result struct {
 	n     int
 	b     string
@@ -56,7 +56,7 @@ func (r result) String() string {
 	return fmt.Sprintf("%d bytes %.20q, control %x, flags %#x, from %T %v, %v", r.n, r.b, r.oob, r.flags, r.from, r.from, r.err)
 }
 
-// methods are the ways to read a packet, with buffers of these sizes.
+// methods are the read methods, with buffers of these sizes.
 var methods = map[string]func(c udpConn, size, oobSize int) result{
 	"Read": func(c udpConn, size, _ int) (r result) {
 		b := make([]byte, size)
@@ -101,7 +101,7 @@ var methods = map[string]func(c udpConn, size, oobSize int) result{
 	},
 }
 
-// wantControl makes a socket give control data with each packet.
+// wantControl makes the system return control data with each packet of a socket.
 func wantControl(t testing.TB, c udpConn) {
 	t.Helper()
 	raw, err := c.SyscallConn()
@@ -114,8 +114,8 @@ func wantControl(t testing.TB, c udpConn) {
 	})
 }
 
-// Each method returns what net's returns, for a packet from the socket and for
-// one that came through an inbox.
+// Each method returns what net's method returns, for a packet from the socket and
+// for a packet from the inbox.
 func TestReadMethods(t *testing.T) {
 	for _, address := range []string{"127.0.0.1:0", "[::1]:0", ":0"} {
 		plain, err := net.ListenPacket("udp", address)
@@ -132,7 +132,7 @@ func TestReadMethods(t *testing.T) {
 		wantControl(t, plain.(*net.UDPConn))
 		wantControl(t, c)
 		at := address
-		if at == ":0" { // a client of IPv4, whose address is a mapped one here
+		if at == ":0" { // the socket has the mapped address of this IPv4 client
 			at = "127.0.0.1:0"
 		}
 		client, err := net.ListenPacket("udp", at)
@@ -190,7 +190,7 @@ type xnetMessage struct {
 	Flags   int
 }
 
-// A batch of own and others' packets is sorted without mixing them up.
+// A batch of packets of this process and of older ones is sorted correctly.
 func TestReadBatch(t *testing.T) {
 	c := listen(t, "udp", "127.0.0.1:0", Config{})
 	older := []*Conn{addOlder(t, c, 1), addOlder(t, c, 2)}
@@ -216,7 +216,7 @@ func TestReadBatch(t *testing.T) {
 	for i, conn := range append([]*Conn{c}, older...) {
 		b := BatchConn[xnetMessage]{conn}
 		ms := make([]xnetMessage, 7)
-		for j := range ms { // a packet may have to be put together
+		for j := range ms { // a packet may be in two buffers
 			ms[j] = xnetMessage{Buffers: [][]byte{make([]byte, 1+j), make([]byte, 5), make([]byte, 300)}, OOB: make([]byte, 100)}
 		}
 		var got []string
@@ -254,8 +254,8 @@ func TestReadBatch(t *testing.T) {
 	}
 }
 
-// Control data up to 128 bytes is forwarded, and what is longer is said to be
-// cut.
+// Control data of up to 128 bytes is forwarded. Longer control data is cut, and
+// the flags say so.
 func TestControlForwarded(t *testing.T) {
 	one := unix.UnixRights(1)
 	for n := range 20 {
@@ -317,7 +317,7 @@ func mustWrite(t testing.TB, c net.Conn, b string) {
 	}
 }
 
-// Each way of reading is ended by the deadline and by Close.
+// The deadline and Close end each read method.
 func TestDeadlineAndClose(t *testing.T) {
 	for _, source := range []string{"socket", "inbox"} {
 		for name, read := range methods {
@@ -369,8 +369,8 @@ func TestDeadlineAndClose(t *testing.T) {
 	}
 }
 
-// Readers go over to the inbox and come back. They empty the inbox before they
-// read the socket.
+// Readers change to the inbox and back. They empty the inbox before they read the
+// socket again.
 func TestHandOverAndResume(t *testing.T) {
 	c := listen(t, "udp", "127.0.0.1:0", Config{})
 	client := dial(t, c)
@@ -387,7 +387,7 @@ func TestHandOverAndResume(t *testing.T) {
 		if got := mustRead(t, c); got != "forwarded 1" {
 			t.Fatal(got)
 		}
-		// Some of the rest may be in the stash, which changes nothing.
+		// Some of the other packets may be in the stash, which makes no difference.
 		c.resume()
 		for _, want := range []string{"forwarded 2", "forwarded 3", "in the socket"} {
 			if got := mustRead(t, c); got != want {
@@ -395,7 +395,7 @@ func TestHandOverAndResume(t *testing.T) {
 			}
 		}
 
-		// Those that wait go along, from socket to inbox and back.
+		// Readers that wait change from the socket to the inbox and back, too.
 		got := make(chan string, 3)
 		for range 3 {
 			go func() {
@@ -432,7 +432,7 @@ func TestHandOverAndResume(t *testing.T) {
 	}
 }
 
-// A deadline counts wherever the packets come from.
+// A deadline applies to the socket and to the inbox.
 func TestDeadlineAcrossHandover(t *testing.T) {
 	c := listen(t, "udp", "127.0.0.1:0", Config{})
 	for range 20 {
@@ -490,7 +490,7 @@ func TestFlowsStay(t *testing.T) {
 	if s == nil || ownerOf(state) != c.self.owner {
 		t.Fatal("a flow that has begun is not in the table")
 	}
-	// A packet of a flow whose process has ended is taken over.
+	// A flow whose process has ended is taken over with its next packet.
 	older := addOlder(t, c, 1)
 	older.Claim(keyOf(client))
 	older.inbox.Close()
@@ -501,7 +501,7 @@ func TestFlowsStay(t *testing.T) {
 	if _, state := c.g.table.find(hash, c.g.clock.now()); ownerOf(state) != c.self.owner {
 		t.Error("the flow of a process that has ended still belongs to it")
 	}
-	// So is one whose owner nobody knows.
+	// So is a flow whose owner is unknown.
 	other := dial(t, c)
 	c.g.table.claim(c.g.table.hash(keyOf(other)), 12345, c.g.clock.now(), c.g.clock.now()+1e6)
 	mustWrite(t, other, "third")
@@ -513,8 +513,8 @@ func TestFlowsStay(t *testing.T) {
 	}
 }
 
-// What a socket remembers of a client does not outlive a change of the flow's
-// owner, nor the flow.
+// A socket forgets what it remembers of a client when the flow changes its owner
+// or expires.
 func TestRememberedFlow(t *testing.T) {
 	c := listen(t, "udp", "127.0.0.1:0", Config{IdleTimeout: time.Hour})
 	older := addOlder(t, c, 1)
@@ -554,8 +554,8 @@ func TestRememberedFlow(t *testing.T) {
 	}
 }
 
-// A process that does not read loses what its inbox has no room for, and
-// disturbs nobody else.
+// A process that does not read loses the packets for which its inbox has no room.
+// Other processes are not affected.
 func TestInboxFull(t *testing.T) {
 	c := listen(t, "udp", "127.0.0.1:0", Config{Buffer: 16 << 10})
 	older := addOlder(t, c, 1)
@@ -632,7 +632,7 @@ func TestSeveralReaders(t *testing.T) {
 		senders.Go(func() {
 			for j := range packets {
 				mustWrite(t, client, fmt.Sprint(name, " ", i, " ", j))
-				for { // so that 100 are on their way at most, which the socket has room for
+				for { // at most 100 packets are on their way, for which the socket has room
 					mu.Lock()
 					n := seen[fmt.Sprint(name, " ", i, " ", j-5)]
 					mu.Unlock()
@@ -683,7 +683,7 @@ func TestExpiry(t *testing.T) {
 	if d := time.Since(begun); d < 80*time.Millisecond {
 		t.Errorf("the flow expired after %v; want 80 ms", d)
 	}
-	mustWrite(t, client, "hello") // to the newest now
+	mustWrite(t, client, "hello") // now goes to the newest process
 	if got := mustRead(t, c); got != "hello" {
 		t.Fatal(got)
 	}
@@ -702,7 +702,7 @@ func TestExpiry(t *testing.T) {
 	}
 }
 
-// What the program writes to a flow's address keeps the flow.
+// A packet that the program writes to a flow's address keeps the flow.
 func TestWritesKeepFlows(t *testing.T) {
 	c := listen(t, "udp", "127.0.0.1:0", Config{IdleTimeout: time.Hour})
 	client := dial(t, c)
@@ -740,7 +740,7 @@ func TestWritesKeepFlows(t *testing.T) {
 			t.Errorf("after %s the flow has %d ms left; want an hour", name, got)
 		}
 	}
-	// Not so with a key that cannot be told from an address.
+	// With another key it does not, because an address does not tell the key.
 	d := listen(t, "udp", "127.0.0.1:0", Config{Key: func(b []byte, _ netip.AddrPort) []byte { return b }})
 	if _, err := d.WriteTo([]byte("x"), to); err != nil {
 		t.Error(err)
@@ -808,12 +808,12 @@ func TestGeneration(t *testing.T) {
 			}
 		}
 		for range 2 {
-			mustWrite(t, client, named(3)) // of a process that has ended
+			mustWrite(t, client, named(3)) // a process that has ended
 			if got := mustRead(t, c); got != named(3) {
 				t.Fatalf("%q", got)
 			}
 		}
-		mustWrite(t, client, named(77)) // of one that has never been
+		mustWrite(t, client, named(77)) // a process that has never existed
 		mustRead(t, c)
 		mustWrite(t, client, "k")
 		mustRead(t, c)
@@ -830,7 +830,7 @@ func TestGeneration(t *testing.T) {
 	}
 }
 
-// A newest process takes Claim's word.
+// Claim makes a flow this process's.
 func TestClaim(t *testing.T) {
 	c := listen(t, "udp", "127.0.0.1:0", Config{Key: func(b []byte, _ netip.AddrPort) []byte { return b[:min(1, len(b))] }})
 	older := addOlder(t, c, 1)
@@ -903,7 +903,7 @@ func TestListenErrors(t *testing.T) {
 	}
 }
 
-// The functions are known by what they return.
+// The fingerprints distinguish functions by their results.
 func TestPrints(t *testing.T) {
 	a := Config{Key: func(b []byte, from netip.AddrPort) []byte { return b[:min(3, len(b))] }}
 	b := Config{Key: func(b []byte, from netip.AddrPort) []byte { return bytes.Clone(b[:min(3, len(b))]) }}
@@ -960,7 +960,7 @@ func TestAllocations(t *testing.T) {
 	}
 }
 
-// The table and the inbox go when the last socket of an address is closed.
+// The table and the inboxes are closed with the last socket of an address.
 func TestWithdrawn(t *testing.T) {
 	u, err := testUpgrader()
 	if err != nil {

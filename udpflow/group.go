@@ -16,38 +16,38 @@ import (
 	"github.com/ecdysis-go/ecdysis"
 )
 
-// A group is what the sockets of one address share in this process: their
-// table and the ways to the older processes. process.mu guards it, as far as
-// its fields say nothing else.
+// A group is what the sockets of one address share in this process, which is their
+// table and the inboxes of older processes. process.mu guards it, except where a
+// field says otherwise.
 type group struct {
 	u      *ecdysis.Upgrader
-	prefix string // of the names of what is handed on
+	prefix string // of the names under which files are handed on
 	clock  clock
 	print  prints
-	opened int // Conns so far
+	opened int // how many Conns there have been
 	conns  []*Conn
 	peers  atomic.Pointer[peers]
 
-	// life is held for reading by what uses the table outside of a read, and
-	// for writing by what unmaps it. A read needs no lock, because closing the
-	// socket waits for it.
+	// life is held for reading by methods that use the table outside of a read,
+	// and for writing by close, which unmaps it. A read needs no lock, because
+	// closing the socket waits for the read.
 	life  sync.RWMutex
-	table *table // nil: unmapped
+	table *table // nil after close
 }
 
-// A peer is a socket of this or an older process, which flows can belong to.
+// A peer is a socket of this process or of an older one. Flows belong to peers.
 type peer struct {
 	owner      uint32
 	generation int
-	member     int    // which of the sockets with this address it is
-	name       string // of its inbox, as it is handed on
-	own        bool   // it is this process's
+	member     int    // its number among the sockets with this address
+	name       string // the name under which its inbox is handed on
+	own        bool   // it is a socket of this process
 	inbox      *os.File
 	raw        syscall.RawConn
 	gone       atomic.Bool // the process has ended, or has closed the socket
 }
 
-// peers are never changed, but replaced.
+// peers is not changed after it is made. A new one replaces it.
 type peers struct {
 	list   []*peer
 	owners map[uint32]*peer
@@ -61,7 +61,7 @@ func newPeers(list []*peer) *peers {
 	return p
 }
 
-// find returns the peer of a flow; nil if it has ended.
+// find returns the peer of a flow, or nil if the peer has gone.
 func (p *peers) find(owner uint32) *peer {
 	if x := p.owners[owner]; x != nil && !x.gone.Load() {
 		return x
@@ -69,8 +69,8 @@ func (p *peers) find(owner uint32) *peer {
 	return nil
 }
 
-// named returns the peer of a generation that is this socket's counterpart; nil
-// if that process has ended.
+// named returns this socket's counterpart in a generation, or nil if that process
+// has ended.
 func (p *peers) named(generation, member int) *peer {
 	n := 0
 	for _, x := range p.list {
@@ -89,9 +89,9 @@ func (p *peers) named(generation, member int) *peer {
 	return nil
 }
 
-// findGroup returns the group of an address, which it makes if this is the
-// first socket there. What the predecessor has handed on is taken, and handed
-// on again.
+// findGroup returns the group of an address. For the first socket of an address it
+// makes the group, from the files that the predecessor has handed on. These are
+// handed on again.
 func findGroup(u *ecdysis.Upgrader, address string, config Config) (*group, error) {
 	print := config.prints()
 	if g := process.groups[address]; g != nil {
@@ -134,7 +134,7 @@ func findGroup(u *ecdysis.Upgrader, address string, config Config) (*group, erro
 	return g, nil
 }
 
-// inherit takes what the predecessor has handed on for this address.
+// inherit takes the files that the predecessor has handed on for this address.
 func (g *group) inherit() error {
 	var list []*peer
 	defer func() { g.peers.Store(newPeers(list)) }()
@@ -161,7 +161,7 @@ func (g *group) inherit() error {
 			f.Close()
 			return err
 		}
-		if !keep { // of a process that has ended, or of a later version
+		if !keep { // the file is of a process that has ended, or of a later version of this package
 			f.Close()
 			continue
 		}
@@ -172,8 +172,8 @@ func (g *group) inherit() error {
 	return nil
 }
 
-// inboxName and parseInbox are the two directions of the name that an inbox is
-// handed on by.
+// inboxName returns the name under which the inbox of p is handed on, without the
+// group's prefix. parseInbox is its inverse.
 func inboxName(p *peer) string {
 	return fmt.Sprintf("inbox %d %d %d", p.owner, p.generation, p.member)
 }
@@ -196,8 +196,8 @@ func parseInbox(s string) *peer {
 	return &peer{owner: uint32(n[0]), generation: n[1], member: n[2]}
 }
 
-// join makes c one of the group's sockets, with an inbox that later processes
-// write to.
+// join makes c one of the group's sockets, with an inbox to which later processes
+// write.
 func (g *group) join(c *Conn, buffer int) error {
 	owner, err := g.table.newOwner()
 	if err != nil {
@@ -226,8 +226,8 @@ func (g *group) join(c *Conn, buffer int) error {
 	return nil
 }
 
-// leave takes a socket that was closed out of the group, and ends the group if
-// it was the last.
+// leave removes a closed socket from the group, and ends the group if it was the
+// last one.
 func (g *group) leave(c *Conn) {
 	withdraw(g.u, c.self.name)
 	g.conns = slices.DeleteFunc(g.conns, func(x *Conn) bool { return x == c })
@@ -235,7 +235,7 @@ func (g *group) leave(c *Conn) {
 	g.endUnused()
 }
 
-// endUnused ends the group if no socket is in it.
+// endUnused ends the group if it has no socket.
 func (g *group) endUnused() {
 	if len(g.conns) > 0 {
 		return
@@ -251,15 +251,15 @@ func (g *group) endUnused() {
 	}
 }
 
-// withdraw ends handing on a file. That fails while an upgrade runs: the
-// successor then finds out by itself that the other end is closed.
+// withdraw makes the package hand a file on no more. This fails while an upgrade
+// runs. The successor then finds out by itself that the other end is closed.
 func withdraw(u *ecdysis.Upgrader, name string) {
 	if f, err := u.File(name); err == nil && f != nil {
 		f.Close()
 	}
 }
 
-// close closes what the group holds.
+// close closes the group's inboxes and unmaps its table.
 func (g *group) close() {
 	g.closePeers()
 	g.life.Lock()
@@ -280,7 +280,7 @@ func (g *group) closePeers() {
 	}
 }
 
-// forgetGone ends handing on the inboxes of processes that have ended.
+// forgetGone withdraws the inboxes of processes that have ended.
 func (g *group) forgetGone() {
 	var list []*peer
 	for _, p := range g.peers.Load().list {
@@ -295,15 +295,15 @@ func (g *group) forgetGone() {
 	g.peers.Store(newPeers(list))
 }
 
-// handOver makes the readers go over to their inboxes: no call reads from the
-// sockets any more.
+// handOver makes all readers read from their inboxes and no more from the
+// sockets.
 func (g *group) handOver() {
 	for _, c := range g.conns {
 		c.handOver()
 	}
 }
 
-// resume makes the readers go back to the sockets, when the successor has
+// resume makes all readers read from the sockets again, after the successor has
 // ended.
 func (g *group) resume() {
 	for _, c := range g.conns {
@@ -311,5 +311,6 @@ func (g *group) resume() {
 	}
 }
 
-// replaced frees what only the newest process needs.
+// replaced closes the inboxes of older processes, which only the newest process
+// needs.
 func (g *group) replaced() { g.closePeers() }

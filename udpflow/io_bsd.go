@@ -9,9 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// On these systems packets are received and sent one by one. An inbox is a pair
-// of datagram sockets: macOS has no others that keep packets apart, and those
-// of the BSDs may send a part of a packet if they have no room for the whole.
+// On these systems packets are received and sent one by one. An inbox is a pair of
+// datagram sockets, because macOS has no sequenced-packet sockets, and those of
+// the BSDs may send a part of a packet if they have no room for the whole.
 
 // A vector is the records of a reader's messages.
 type vector struct{ records []record }
@@ -63,15 +63,15 @@ func (r *reader) send(fd int, list []int) error {
 	}
 }
 
-// inboxPair returns the two ends of an inbox, for reading and for writing, which
-// holds about so many bytes.
+// inboxPair returns the two ends of an inbox, the first for reading and the second
+// for writing. The inbox holds about buffer bytes.
 func inboxPair(buffer int) ([2]int, error) {
 	fds, err := datagramPair()
 	if err != nil {
 		return fds, err
 	}
-	// What waits is in the receiver's buffer. The sender's limits the size of a
-	// packet. A value above the system's limit is refused.
+	// Packets that wait are in the receiver's buffer. The sender's buffer limits the
+	// size of a packet. The system refuses a value above its limit.
 	for n := buffer; n >= 4<<10 && unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_RCVBUF, n) != nil; n /= 2 {
 	}
 	for n := inboxSize; n >= 4<<10 && unix.SetsockoptInt(fds[1], unix.SOL_SOCKET, unix.SO_SNDBUF, n) != nil; n /= 2 {

@@ -8,9 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A vector is the messages of a reader in the form of recvmmsg(2), and what is
-// sent in that of sendmsg(2). The calls are direct, because those of x/sys
-// allocate the sender's address of each packet, and take one packet each.
+// A vector has the arguments of recvmmsg(2) and sendmsg(2) for the messages of a
+// reader. The system calls are made directly, because the functions of x/sys
+// allocate the sender's address of each packet and receive one packet each.
 type vector struct {
 	headers []mmsghdr
 	names   []unix.RawSockaddrInet6
@@ -34,7 +34,7 @@ func (v *vector) grow(n int) {
 	}
 }
 
-// clear lets the caller's buffers go.
+// clear drops the references to the caller's buffers.
 func (v *vector) clear() {
 	clear(v.iovecs)
 	for i := range v.headers {
@@ -48,7 +48,7 @@ func iovec(base *byte, n int) (v unix.Iovec) {
 	return v
 }
 
-// recv receives what there is from the socket.
+// recv receives the packets that are in the socket, as far as r.msgs has room.
 func (r *reader) recv(fd int) (int, error) {
 	v := &r.vector
 	v.iovecs = v.iovecs[:0]
@@ -89,7 +89,7 @@ func (r *reader) setName(m *message, name *unix.RawSockaddrInet6) {
 	}
 }
 
-// swap returns the value of two bytes in the order of the network.
+// swap converts a port from network byte order.
 func swap(port uint16) uint16 {
 	b := (*[2]byte)(unsafe.Pointer(&port))
 	return uint16(b[0])<<8 | uint16(b[1])
@@ -137,15 +137,15 @@ func (r *reader) send(fd int, list []int) error {
 	}
 }
 
-// inboxPair returns the two ends of an inbox, for reading and for writing, which
-// holds about so many bytes.
+// inboxPair returns the two ends of an inbox, the first for reading and the second
+// for writing. The inbox holds about buffer bytes.
 func inboxPair(buffer int) ([2]int, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return fds, os.NewSyscallError("socketpair", err)
 	}
-	// What waits counts as the sender's. A privileged process is not bound to
-	// the system's limit.
+	// Packets that wait count against the sender's buffer. A privileged process may
+	// exceed the system's limit.
 	if unix.SetsockoptInt(fds[1], unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, buffer) != nil {
 		_ = unix.SetsockoptInt(fds[1], unix.SOL_SOCKET, unix.SO_SNDBUF, buffer)
 	}

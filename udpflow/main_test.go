@@ -16,8 +16,7 @@ import (
 
 func TestMain(m *testing.M) { proctest.Main(m) }
 
-// testUpgrader returns the Upgrader of the tests in this process, which has
-// one. It is ready.
+// testUpgrader returns the one Upgrader of this process. It is ready.
 var testUpgrader = sync.OnceValues(func() (*ecdysis.Upgrader, error) {
 	var opts ecdysis.Options
 	Setup(&opts)
@@ -42,8 +41,8 @@ func listen(t testing.TB, network, address string, config Config) *Conn {
 	return c
 }
 
-// addOlder returns what c's group takes for a socket of an older process, one
-// generation back for each of the others. It reads from its inbox.
+// addOlder returns a Conn that c's group takes for the socket of an older process.
+// Each call adds one that is a generation older. The Conn reads from its inbox.
 func addOlder(t testing.TB, c *Conn, back int) *Conn {
 	t.Helper()
 	owner, err := c.g.table.newOwner()

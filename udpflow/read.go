@@ -21,21 +21,22 @@ const (
 type message struct {
 	bufs [][]byte
 	oob  []byte
-	one  [1][]byte // for bufs, if that is one
+	one  [1][]byte // holds bufs if there is one buffer
 
 	n, oobn, flags int
 	control        []byte // as it was received
 	from           netip.AddrPort
 	scope          uint32 // the number of from's zone
-	named          bool   // it has named its generation
+	named          bool   // it names its generation
 	tracked        bool   // its flow is in the table
-	dest           *peer  // the older process that it is for; nil: this one
-	until          uint64 // when the table is to be asked again about its flow, which is this socket's; 0: at once
-	sent           bool   // it was sent there, or dropped
+	dest           *peer  // the older process that it is for; nil means this process
+	until          uint64 // the flow is this socket's until then, without a look at the table; may be 0
+	sent           bool   // it was sent to dest, or dropped
 }
 
-// What is sent to an inbox at once is one packet of the socket pair. It has a
-// record for each packet, which the control data and the packet follow.
+// A record describes a packet that is sent to an inbox. The packet's control data
+// and the packet itself follow the record. One message of the socket pair has any
+// number of records.
 type record struct {
 	addr  [16]byte
 	scope uint32
@@ -53,12 +54,11 @@ const (
 
 const (
 	recordSize = int(unsafe.Sizeof(record{}))
-	maxPacket  = 64 << 10                            // more than there can be in a packet of UDP
-	inboxSize  = maxPacket + recordSize + maxControl // the most that is sent at once
+	maxPacket  = 64 << 10                            // more than a UDP packet can hold
+	inboxSize  = maxPacket + recordSize + maxControl // the most that is sent by one system call
 )
 
-// encode fills a record with what is known about a packet, and cuts the control
-// data.
+// encode fills a record from a message, and cuts the message's control data.
 func (h *record) encode(m *message) {
 	n, flags := cutControl(m.control, maxControl)
 	m.control = m.control[:n]
@@ -96,8 +96,8 @@ func (m *message) decode(b []byte) ([]byte, bool) {
 	return b, true
 }
 
-// cutControl returns how much of control data is in as many whole messages as
-// there is room for, and the flag that some are missing.
+// cutControl returns the length of the whole control messages for which there is
+// room, and MSG_CTRUNC if some are missing.
 func cutControl(control []byte, room int) (n, flags int) {
 	if len(control) <= room {
 		return len(control), 0
@@ -119,7 +119,7 @@ func (m *message) setFrom(a netip.Addr, port uint16, scope uint32) {
 	m.from, m.scope = netip.AddrPortFrom(a, port), scope
 }
 
-// first returns the packet, or what of it is in the first buffer.
+// first returns the part of the packet that is in the first buffer.
 func (m *message) first() []byte {
 	if len(m.bufs) == 0 {
 		return nil
@@ -128,12 +128,11 @@ func (m *message) first() []byte {
 	return m.bufs[0][:n:n]
 }
 
-// take fills m with a message that was received for another place of the
-// batch, or for its own.
+// take fills m from x, which may be m or another message of the batch.
 func (m *message) take(x *message) {
 	if m != x {
 		m.n = 0
-		i, done := 0, 0 // where m is filled
+		i, done := 0, 0 // the buffer of m to fill, and the bytes that it has
 		for left, j := x.n, 0; left > 0; j++ {
 			b := x.bufs[j][:min(left, len(x.bufs[j]))]
 			left -= len(b)
@@ -156,23 +155,24 @@ func (m *message) take(x *message) {
 	m.control = m.oob[:m.oobn]
 }
 
-// A reader is one call of a read method. Its functions run while the socket,
-// or the inbox, is this call's alone.
+// A reader is one call of a read method. While its functions run, no other call
+// uses the socket or the inbox.
 type reader struct {
 	c     *Conn
 	msgs  []message
-	n     int   // how many are filled
-	empty bool  // the inbox was, and no successor is there to fill it
-	err   error // the system's
+	n     int   // how many of msgs are filled
+	empty bool  // the inbox was empty, and no successor can fill it
+	err   error // of the system
 
-	vector       // what the system sees of msgs
+	vector       // msgs in the system's form
 	batch  []int // the messages that go to one peer
-	sent   int   // of these
+	sent   int   // how many of batch were sent
 	serr   error // of sending
 
 	clients *clientCache
 
-	// The functions as the raw connections get them.
+	// The methods as function values, made once, because the raw connections
+	// take functions.
 	fromSocket, stashFromSocket, stashFromInbox func(fd uintptr) bool
 	sendTo                                      func(fd uintptr)
 }
@@ -196,7 +196,7 @@ func (r *reader) setLen(n int) {
 
 var readers sync.Pool
 
-// newReader returns a reader of n messages, whose buffers the caller sets.
+// newReader returns a reader of n messages. The caller sets their buffers.
 func newReader(n int) *reader {
 	r, _ := readers.Get().(*reader)
 	if r == nil {
@@ -214,7 +214,7 @@ func newSingleReader(b, oob []byte) *reader {
 	return r
 }
 
-// free gives r back. It keeps nothing of the caller.
+// free puts r back into the pool. It keeps none of the caller's buffers.
 func (r *reader) free() {
 	for i := range r.msgs {
 		m := &r.msgs[i]
@@ -225,16 +225,17 @@ func (r *reader) free() {
 	readers.Put(r)
 }
 
-// A clientCache has what is known about clients that have sent a packet, since
-// most send more than one. Each client has one place in it.
+// A clientCache remembers clients that have sent a packet, because most of them
+// send more. Each client has one possible place in it.
 type clientCache [256]client
 
 type client struct {
 	from netip.AddrPort
-	addr *net.UDPAddr // nil until it was asked for
+	addr *net.UDPAddr // nil until udpAddr makes it
 
-	// The flow is the socket's with this number, which is not another one's in
-	// any group, until then, if no flow has changed its owner since.
+	// The client's flow belongs to this socket until the time until, if the
+	// table's number of changes is still the same. Sockets of all groups have
+	// different numbers.
 	socket  uint64
 	changes uint64
 	until   uint64
@@ -255,25 +256,24 @@ func (x *client) udpAddr() *net.UDPAddr {
 	return x.addr
 }
 
-// A stash holds packets that are this process's, and that no read method has
-// returned yet: those that have come through the inbox by one system call, and
-// those from the socket, if single packets are read, because receiving and
-// forwarding several at once is cheaper. A handover changes nothing about what
-// is in it.
+// A stash holds packets of this process that no read method has returned yet. One
+// system call on the inbox may receive several packets. Reads of single packets
+// also fill it from the socket, because receiving and forwarding several packets
+// at once is cheaper. A handover does not change the packets in it.
 type stash struct {
-	have atomic.Bool // there is one
+	have atomic.Bool // there is a packet
 
-	mu   sync.Mutex // held while it is filled, too
-	msgs []message  // in the buffers of one of the two that follow
+	mu   sync.Mutex // also held while the stash is filled
+	msgs []message  // in the buffers of socket or of inbox
 
-	socket    *reader // nil until it is needed
+	socket    *reader // nil until the first single read
 	inbox     []byte
 	inboxMsgs []message
 }
 
 const stashSize = 16
 
-// pop moves messages to r as long as both have some.
+// pop moves messages to r until r is full or none is left.
 func (s *stash) pop(r *reader) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -284,7 +284,7 @@ func (s *stash) pop(r *reader) {
 	s.have.Store(len(s.msgs) > 0)
 }
 
-// fillFromSocket receives packets into the stash. It reports what receive does.
+// fillFromSocket receives packets into the stash. Its result is that of receive.
 func (r *reader) fillFromSocket(fd uintptr) bool {
 	s := &r.c.stash
 	s.mu.Lock()
@@ -309,8 +309,8 @@ func (r *reader) fillFromSocket(fd uintptr) bool {
 	return done
 }
 
-// fillFromInbox receives packets into the stash. It reports false if there is
-// none and a successor may send more.
+// fillFromInbox receives packets into the stash. It returns false if there is none
+// and a successor may still send one.
 func (r *reader) fillFromInbox(fd uintptr) bool {
 	c, s := r.c, &r.c.stash
 	s.mu.Lock()
@@ -328,7 +328,7 @@ func (r *reader) fillFromInbox(fd uintptr) bool {
 		case err == unix.EINTR || err == unix.ECONNRESET: // a writer has closed
 			continue
 		case err == unix.EAGAIN || err == nil && n == 0:
-			// Reading nothing is the end: nobody can write to it any more.
+			// n is 0 at the end of the inbox, when no process can write to it.
 			r.empty = c.source.Load() != fromInbox
 			return r.empty
 		case err != nil:
@@ -353,8 +353,9 @@ func (r *reader) fillFromInbox(fd uintptr) bool {
 	return true
 }
 
-// receive takes packets from the socket until one of them is this process's,
-// or until a handover must have its turn. It reports false if there is none.
+// receive takes packets from the socket until one of them is this process's, or
+// until maxForward packets were forwarded, so that a handover has its turn. It
+// returns false if the socket has no packet.
 func (r *reader) receive(fd uintptr) bool {
 	c := r.c
 	r.n, r.err = 0, nil
@@ -404,8 +405,8 @@ func (r *reader) receive(fd uintptr) bool {
 }
 
 // forward sends those of the first n messages that are for older processes, and
-// returns how many that were. If a process turns out to have ended, the table
-// is asked again.
+// returns their number. If a process turns out to have ended, forward decides
+// again on its messages.
 func (r *reader) forward(n int, now uint64) (count int) {
 	c := r.c
 	for i := 0; i < n; i++ {
@@ -446,14 +447,14 @@ func (r *reader) forward(n int, now uint64) (count int) {
 		}
 		count += done
 		if done < len(r.batch) {
-			i-- // it may be another process's meanwhile
+			i-- // the message may belong to another process now
 		}
 	}
 	return count
 }
 
 // isFull reports whether an error of sending means that there is no room. Any
-// other means that nobody will receive any more.
+// other error means that the receiver has gone.
 func isFull(err error) bool {
 	switch err {
 	case unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM, unix.EMSGSIZE:
@@ -462,8 +463,9 @@ func isFull(err error) bool {
 	return false
 }
 
-// sendBatch sends what is in r.batch, at once as far as it may, and stops at the
-// first error. If there is no room for all, some of them may still find it.
+// sendBatch sends the messages in r.batch, with as many in one system call as
+// inboxSize allows. It stops at the first error. If there is no room for several
+// messages at once, it tries one by one.
 func (r *reader) sendBatch(fd uintptr) {
 	r.serr = nil
 	most := len(r.batch)

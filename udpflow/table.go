@@ -12,17 +12,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A table says which flow is whose. It lies in memory that all generations
-// have mapped, so that a change by one of them is seen by all at once.
+// A table says which socket each flow belongs to. Its memory is mapped by all
+// generations, so that all of them see a change at once.
 //
 // Each flow has a slot of 16 bytes in one of two buckets that its hash chooses.
 // Nothing in the table is locked, because a process can be killed or stopped
-// at any instruction. A slot is written in three steps: its state becomes
-// busy, its hash is stored, its state becomes the owner and expiry. A process
-// that ends in between leaves one slot unused for good.
+// at any instruction. A slot is written in three steps. Its state becomes busy,
+// its hash is stored, and its state becomes the owner and expiry. A process that
+// ends in between leaves one slot unused for good.
 //
 // Two processes that open a flow at the same moment may make two slots for it.
-// Every later look-up finds the same one of them, and the other expires.
+// Every later look-up finds the same one of the two, and the other expires.
 type table struct {
 	mem     []byte // the mapping
 	h       *header
@@ -34,21 +34,21 @@ type header struct {
 	magic           [8]byte
 	layout          uint32
 	buckets         uint32
-	k0, k1          uint64 // the key of the hash
-	keyPrint        uint64 // of Config.Key
-	generationPrint uint64 // of Config.Generation
-	owners          atomic.Uint32
+	k0, k1          uint64        // the key of the hash
+	keyPrint        uint64        // of Config.Key
+	generationPrint uint64        // of Config.Generation
+	owners          atomic.Uint32 // the last number that newOwner has returned
 	changes         atomic.Uint64 // how often a flow has changed its owner
 }
 
 type bucket [bucketSlots]slot
 
 // A slot's hash and state belong together if the state is the same before and
-// after the hash is read: a slot is used again only when its flow has expired,
-// and its next flow expires later, so that no state comes twice.
+// after the hash is read. No state comes twice, because a slot is used again only
+// when its flow has expired, and its next flow expires later.
 type slot struct {
-	hash  atomic.Uint64 // never 0 in a slot that is used
-	state atomic.Uint64 // 0: never used
+	hash  atomic.Uint64 // never 0 in a slot that was used
+	state atomic.Uint64 // 0 in a slot that was never used
 }
 
 const (
@@ -66,16 +66,17 @@ const (
 
 var tableMagic = [8]byte{'u', 'd', 'p', 'f', 'l', 'o', 'w', '\n'}
 
-// layout is the version of all that generations share: header, slots, hash
-// and the records of an inbox. It is a variable for the tests.
+// layout is the version of everything that generations share, which is the header,
+// the slots, the hash and the records of an inbox. It is a variable so that tests
+// can change it.
 var layout uint32 = 1
 
-// prints identify the functions of a Config.
+// prints are fingerprints of the functions of a Config.
 type prints struct{ key, generation uint64 }
 
-// tableSize returns the number of buckets and of bytes of a table for that
-// many flows. Half of its slots remain free, so that the two buckets of a flow
-// are practically never both full before that.
+// tableSize returns the number of buckets and of bytes of a table for that many
+// flows. Half of its slots remain free then, so that the two buckets of a flow are
+// practically never both full with fewer flows.
 func tableSize(flows int) (buckets, size int) {
 	buckets = max(2, (2*flows+bucketSlots-1)/bucketSlots)
 	return buckets, headerSize + buckets*bucketSize
@@ -84,8 +85,8 @@ func tableSize(flows int) (buckets, size int) {
 // createTable makes an empty table in f.
 func createTable(f *os.File, flows int, p prints) (*table, error) {
 	buckets, size := tableSize(flows)
-	// Zeros are written, because a file with holes could turn out to have no
-	// room on its disk when a slot is written, which kills the process.
+	// Zeros are written so that the file has no holes. A write to a hole kills the
+	// process if the disk is full.
 	zeros := make([]byte, 64<<10)
 	for n := 0; n < size; {
 		m, err := f.Write(zeros[:min(len(zeros), size-n)])
@@ -117,8 +118,8 @@ func openTable(f *os.File, p prints) (*table, error) {
 	if fi.Size() < headerSize {
 		return nil, errNoTable
 	}
-	// The header is mapped by itself at first, because it tells how much else
-	// there must be. Not all systems show by read(2) what was written to a mapping.
+	// The header is mapped alone first, because it tells the size of the rest. It is
+	// not read by read(2), which does not show writes to a mapping on all systems.
 	mem, err := mapFile(f, headerSize)
 	if err != nil {
 		return nil, err
@@ -132,13 +133,13 @@ func openTable(f *os.File, p prints) (*table, error) {
 	case magic != tableMagic:
 		return nil, errNoTable
 	case has != layout:
-		return nil, fmt.Errorf("the table of flows has layout %d, and this program knows layout %d alone", has, layout)
+		return nil, fmt.Errorf("the table of flows has layout %d, but this program knows only layout %d", has, layout)
 	case theirs.key != p.key:
 		return nil, errors.New("Config.Key is another function than in the predecessor")
 	case theirs.generation != p.generation:
 		return nil, errors.New("Config.Generation is another function than in the predecessor")
 	case buckets < 2 || fi.Size() != headerSize+int64(buckets)*int64(bucketSize):
-		return nil, fmt.Errorf("the table of flows has %d bytes, which do not hold %d buckets", fi.Size(), buckets)
+		return nil, fmt.Errorf("the table of flows has %d bytes, which is not the size of %d buckets", fi.Size(), buckets)
 	}
 	if mem, err = mapFile(f, int(fi.Size())); err != nil {
 		return nil, err
@@ -146,7 +147,7 @@ func openTable(f *os.File, p prints) (*table, error) {
 	return tableIn(mem), nil
 }
 
-var errNoTable = errors.New("the predecessor's file is no table of flows")
+var errNoTable = errors.New("the predecessor's file is not a table of flows")
 
 func mapFile(f *os.File, size int) (mem []byte, err error) {
 	raw, err := f.SyscallConn()
@@ -171,12 +172,13 @@ func tableIn(mem []byte) *table {
 	}
 }
 
-// newOwner returns a number that no other socket of any generation has.
+// newOwner returns a number that no other socket of any generation has in this
+// table.
 func (t *table) newOwner() (uint32, error) {
 	n := t.h.owners.Add(1)
 	if n > maxOwner {
 		t.h.owners.Store(maxOwner)
-		return 0, fmt.Errorf("the table of flows has had %d sockets, all that it can number; a restart begins a new one", maxOwner)
+		return 0, fmt.Errorf("the table of flows has had %d sockets, and cannot number more; a restart makes a new table", maxOwner)
 	}
 	return n, nil
 }
@@ -201,10 +203,10 @@ func stateOf(owner uint32, expiry uint64) uint64 {
 func ownerOf(state uint64) uint32  { return uint32(state >> expiryBits) }
 func expiryOf(state uint64) uint64 { return state & maxExpiry }
 
-// live reports whether a state is that of a flow which has not expired.
+// live reports whether a state belongs to a flow that has not expired.
 func live(state, now uint64) bool { return ownerOf(state) != 0 && expiryOf(state) > now }
 
-// find returns the slot of a live flow, and its state; nil if there is none.
+// find returns the slot of a live flow and its state, or nil if there is none.
 func (t *table) find(hash, now uint64) (*slot, uint64) {
 	for _, b := range t.places(hash) {
 		for i := range b {
@@ -223,8 +225,8 @@ func (t *table) find(hash, now uint64) (*slot, uint64) {
 	return nil, 0
 }
 
-// open makes a slot for a flow that find has not found. It reports false if
-// both buckets are full.
+// open makes a slot for a flow that find has not found. It returns false if both
+// buckets are full.
 func (t *table) open(hash uint64, owner uint32, now, expiry uint64) bool {
 	for {
 		s, state := t.free(hash, now)
@@ -267,22 +269,22 @@ func (t *table) free(hash, now uint64) (best *slot, bestState uint64) {
 	return best, bestState
 }
 
-// refresh moves the expiry of a flow that find has found. Others that do the
-// same are as good.
+// refresh sets a later expiry for a flow that find has found. It need not try
+// again if another process or goroutine changes the state meanwhile.
 func (s *slot) refresh(state, expiry uint64) {
 	if expiry > expiryOf(state) {
 		s.state.CompareAndSwap(state, stateOf(ownerOf(state), expiry))
 	}
 }
 
-// take makes a flow that find has found another owner's. It reports false if
-// its state has changed since.
+// take gives a flow that find has found another owner. It returns false if the
+// state has changed since.
 func (s *slot) take(state uint64, owner uint32, expiry uint64) bool {
 	return s.state.CompareAndSwap(state, stateOf(owner, max(expiry, expiryOf(state))))
 }
 
-// claim makes a flow the owner's, whether it is there or not. It reports false
-// if the table is full.
+// claim gives a flow this owner, and makes a slot for it if there is none. It
+// returns false if the table is full.
 func (t *table) claim(hash uint64, owner uint32, now, expiry uint64) bool {
 	for {
 		s, state := t.find(hash, now)
@@ -296,7 +298,8 @@ func (t *table) claim(hash uint64, owner uint32, now, expiry uint64) bool {
 	}
 }
 
-// last returns when the last flow of an owner expires; 0 if it has none.
+// last returns the time at which the last flow of an owner expires, or 0 if it has
+// none.
 func (t *table) last(owner uint32, now uint64) (expiry uint64) {
 	for i := range t.buckets {
 		for j := range t.buckets[i] {

@@ -44,7 +44,7 @@ func TestSipHash(t *testing.T) {
 	}
 }
 
-// A model is what a table must do, but for a limit of flows.
+// A model does what a table must do, without a limit of flows.
 type model struct {
 	t     *table
 	now   uint64
@@ -61,14 +61,14 @@ func (m *model) live(hash uint64) (f modelFlow, ok bool) {
 	return f, ok && f.expiry > m.now
 }
 
-// full reports whether the buckets of a hash hold as many live flows as they
-// can.
+// full reports whether the buckets of a hash have no slot without a live flow.
 func (m *model) full(hash uint64) bool {
 	for _, b := range m.t.places(hash) {
 		n := 0
 		for i := range b {
 			h := b[i].hash.Load()
-			// A flow that expired and came back may have left its hash behind.
+			// A flow that has expired and begun again may have left its hash in another
+			// slot.
 			if f, ok := m.live(h); ok && b[i].state.Load() == stateOf(f.owner, f.expiry) {
 				n++
 			}
@@ -80,8 +80,8 @@ func (m *model) full(hash uint64) bool {
 	return true
 }
 
-// step does one operation on both, and returns how they differ. The hash is
-// one of a few, so that flows meet in their buckets.
+// step does one operation on the table and the model, and returns an error if they
+// differ. There are only a few hashes, so that flows share buckets.
 func (m *model) step(op byte, hash uint64, owner uint32, d uint64) error {
 	expiry := m.now + d + 1 // a flow lives at least a millisecond
 	f, ok := m.live(hash)
@@ -166,7 +166,7 @@ func TestTableModel(t *testing.T) {
 	}
 }
 
-// FuzzTable takes each four bytes for an operation on a table and its model.
+// FuzzTable makes an operation on a table and its model of every four bytes.
 func FuzzTable(f *testing.F) {
 	f.Add([]byte("\x00\x01\x02\x03\x01\x01\x04\x05\x03\x00\x00\x09\x02\x01\x06\x07\x04\x00\x06\x00"))
 	var fill []byte
@@ -185,7 +185,7 @@ func FuzzTable(f *testing.F) {
 	})
 }
 
-// FuzzOpenTable opens what another process may have made of a table.
+// FuzzOpenTable opens a table with bytes that another process may have written.
 func FuzzOpenTable(f *testing.F) {
 	want := prints{3, 4}
 	good := func() []byte {
@@ -197,7 +197,7 @@ func FuzzOpenTable(f *testing.F) {
 	f.Add(good[:headerSize])
 	f.Add(good[:100])
 	f.Add([]byte{})
-	file := tempFile(f) // one for all, because making a file takes longer than opening a table
+	file := tempFile(f) // one file for all inputs, because making a file takes longer than opening a table
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if err := file.Truncate(0); err != nil {
 			t.Fatal(err)
@@ -285,11 +285,11 @@ func TestOpenTable(t *testing.T) {
 		mine       prints
 		prep, undo func()
 	}{
-		{want: "layout 1, and this program knows layout 2 alone", prep: func() { layout = 2 }, undo: func() { layout = 1 }, mine: mine},
+		{want: "layout 1, but this program knows only layout 2", prep: func() { layout = 2 }, undo: func() { layout = 1 }, mine: mine},
 		{want: "Config.Key", mine: prints{7, 6}},
 		{want: "Config.Generation", mine: prints{5, 7}},
 		{want: "no table", prep: func() { first.h.magic[0]++ }, undo: func() { first.h.magic[0]-- }, mine: mine},
-		{want: "do not hold 251 buckets", prep: func() { first.h.buckets++ }, undo: func() { first.h.buckets-- }, mine: mine},
+		{want: "not the size of 251 buckets", prep: func() { first.h.buckets++ }, undo: func() { first.h.buckets-- }, mine: mine},
 	} {
 		if tt.prep != nil {
 			tt.prep()
@@ -320,8 +320,8 @@ func TestOwnersEnd(t *testing.T) {
 	}
 }
 
-// A table must take the flows that it is made for, and costs at most 48 bytes
-// for each.
+// A table must have room for the flows that it is made for, and takes at most 48
+// bytes for each.
 func TestTableRoom(t *testing.T) {
 	for _, flows := range []int{1, 10, 1000, 65536} {
 		tab := heapTable(flows)
@@ -343,8 +343,8 @@ func TestTableRoom(t *testing.T) {
 	}
 }
 
-// Every hash belongs to an owner that follows from it, so that a slot whose
-// halves do not belong together is seen.
+// The owner of a flow follows from its hash, so that the test sees a slot whose
+// hash and state do not belong together.
 func TestTableConcurrent(t *testing.T) {
 	tab := heapTable(64)
 	ownerFor := func(hash uint64) uint32 { return uint32(hash%maxOwner) + 1 }

@@ -2,45 +2,48 @@
 // ecdysis.
 //
 // QUIC, DTLS, CoAP, SIP and games hold their sessions in the memory of a
-// process. After an upgrade the new process alone reads the socket, and knows
-// none of them. With this package the newest process hands every packet of an
-// older process's flow to that process, until the flow ends:
+// process. After an upgrade only the new process reads the socket, and it knows
+// none of these sessions. With this package the newest process forwards each
+// packet of an older process's flow to that process, until the flow ends:
 //
 //	udpflow.Setup(&opts) // then u, err := ecdysis.New(opts)
 //	conn, err := udpflow.ListenPacket(u, "udp", ":4433", udpflow.Config{})
 //
-// conn is read and written like a *net.UDPConn. When this process is replaced,
-// its read methods go on and return the packets of its own flows. Answers are
-// written to the socket as before, since all generations have it. The program
-// reads until its sessions have ended, or until [Conn.Drained] returns, then
-// calls Close and exits. An upgrade changes nothing for a client.
+// conn is read and written like a *net.UDPConn. When this process has been
+// replaced, the read methods return the packets of its own flows. The program
+// writes answers to the socket as before, because all generations have it. It
+// reads until its sessions have ended or [Conn.Drained] returns. Then it calls
+// Close and exits. Clients do not notice an upgrade.
 //
 // # Flows
 //
-// A flow is the packets that have one key, by default one remote address. It
-// belongs to the process that read its first packet, or that has called
-// [Conn.Claim], until no packet has come for Config.IdleTimeout or that process
-// has ended. Then it is a new flow of the newest process. All generations share
-// one table of flows, in memory that the predecessor hands on.
+// A flow is the packets that have one key. The default key is the remote
+// address. A flow belongs to the process that read its first packet, or that has
+// called [Conn.Claim]. It ends when no packet has come for Config.IdleTimeout, or
+// when its process has ended. A later packet with its key begins a new flow of
+// the newest process. All generations share one table of flows, in memory that
+// the predecessor hands on.
 //
-// Each process has an inbox, a socket pair whose other end all later ones
-// inherit. Packets go there in one hop, in the order in which they came, and
-// without blocking: what does not fit because the older process is slow is
-// dropped and counted, as the system does with a UDP socket's own queue.
+// Each process has an inbox, which is a socket pair. All later processes inherit
+// its other end. A packet goes to an inbox in one hop. Packets keep their order,
+// and sending never blocks. If the older process is slow and its inbox full, the
+// packet is dropped and counted, as the system drops packets when the queue of a
+// UDP socket is full.
 //
-// A packet is received, looked up and handed on in one step that a handover
-// waits for, so that exactly one process decides on it. No packet is lost or
-// answered twice by an upgrade, whether it succeeds, fails or is taken back.
+// A packet is received, looked up and forwarded in one step. A handover waits for
+// the end of this step, so that exactly one process decides on each packet. An
+// upgrade loses no packet and answers none twice, whether it succeeds, fails or
+// is taken back.
 //
 // # Limits
 //
-// The flows of a process that has ended have lost their sessions. Older
-// processes receive nothing if the newest dies without a successor. What waits
-// in the inbox of a process that is killed is lost. docs/udp.md has more, and
-// recipes for several protocols.
+// When a process has ended, the sessions of its flows are lost. Older processes
+// receive nothing if the newest process dies without a successor. When a process
+// is killed, the packets in its inbox are lost. docs/udp.md has more, and recipes
+// for several protocols.
 //
-// Everything here works without privileges, on Linux, macOS and the BSDs. The
-// package starts no goroutine.
+// The package works without privileges, on Linux, macOS and the BSDs. It starts
+// no goroutine.
 package udpflow
 
 import (
@@ -63,47 +66,46 @@ const (
 	defaultBuffer = 1 << 20
 )
 
-// Config says what a flow is. The zero Config makes one of all packets from
-// one remote address, until none has come for two minutes.
+// Config says what a flow is. With the zero Config all packets from one remote
+// address are a flow, which ends when no packet has come for two minutes.
 //
 // Key and Generation are called by the goroutine that reads, while no other
-// process can read: they must be quick, must not call methods of the Conn, and
+// process can read. They must be quick, must not call methods of the Conn, and
 // must not keep the packet. ListenPacket calls them with made-up packets, to
-// compare them with those of the predecessor.
+// compare them with the predecessor's functions.
 type Config struct {
-	// Key returns what identifies a packet's flow. If Key is nil, the remote
-	// address does, in the form of its MarshalBinary method. A packet whose
-	// key is nil belongs to no flow and goes to the newest process. The
-	// address is an IPv4 one or an IPv6 one, never an IPv4 one mapped into
-	// IPv6. Key must be the same in all versions of a program: an upgrade to
-	// one with another Key fails.
+	// Key returns the key of a packet's flow. If Key is nil, the key is what
+	// MarshalBinary returns for the remote address. A packet whose key is nil
+	// belongs to no flow, and goes to the newest process. The address passed to
+	// Key is never an IPv4 address mapped into IPv6. Key must be the same in all
+	// versions of a program. An upgrade to a version with another Key fails.
 	Key func(packet []byte, from netip.AddrPort) []byte
 
-	// Generation is asked before Key, if it is not nil. A packet can name the
-	// generation of its process, modulo 256, as a QUIC connection ID can. Such
-	// a packet goes to that process without a look at the table, or to the
-	// newest one if that process has ended. If Generation returns false, Key
-	// decides. Like Key it must be the same in all versions.
+	// Generation, if not nil, is called before Key. It returns the generation
+	// that a packet names, modulo 256. A QUIC connection ID, for example, can
+	// name one. Such a packet goes to the process of that generation without a
+	// look-up in the table, or to the newest process if that process has ended.
+	// If Generation returns false, Key decides. Like Key it must be the same in
+	// all versions.
 	Generation func(packet []byte) (g byte, ok bool)
 
-	// IdleTimeout is how long a flow lasts after its last packet. 0: two
+	// IdleTimeout is how long a flow lasts after its last packet. Zero means two
 	// minutes.
 	IdleTimeout time.Duration
 
 	// MaxFlows is the number of flows that the table has room for. Flows
 	// beyond it are served by the newest process and not tracked, so that
-	// they move in an upgrade. The table is made by the first process, whose
-	// MaxFlows counts. A flow takes 32 bytes, once for all generations. 0:
-	// 65,536.
+	// they move in an upgrade. The first process makes the table, so only its
+	// MaxFlows counts. A flow takes 32 bytes, once for all generations. Zero
+	// means 65,536.
 	MaxFlows int
 
-	// Buffer is how many bytes of packets can wait in this process's inbox
-	// after it was replaced, counted as the system counts what a socket
-	// buffer holds. The system may limit it (net.core.wmem_max on Linux). 0:
-	// 1 MiB.
+	// Buffer is how many bytes can wait in this process's inbox after it was
+	// replaced, as the system counts the bytes in a socket buffer. The system
+	// may limit it (net.core.wmem_max on Linux). Zero means 1 MiB.
 	Buffer int
 
-	// Listen is how the socket is made, as for Upgrader.ListenPacketWith.
+	// Listen configures the socket, as in Upgrader.ListenPacketWith.
 	Listen ecdysis.ListenConfig
 }
 
@@ -129,8 +131,8 @@ func (c Config) check() (Config, error) {
 	return c, nil
 }
 
-// prints returns what the functions make of packets that are the same in every
-// process.
+// prints returns fingerprints of the functions. They are made from the functions'
+// results for packets that are the same in every process.
 func (c Config) prints() (p prints) {
 	r := rand.New(rand.NewPCG(1, 2))
 	var b [1500]byte
@@ -172,7 +174,7 @@ func (c Config) prints() (p prints) {
 	return p
 }
 
-// process is this process's part: it has one Upgrader.
+// process is a variable of the package because a process has one Upgrader.
 var process struct {
 	setUp atomic.Bool
 
@@ -180,9 +182,8 @@ var process struct {
 	groups map[string]*group // by the local address
 }
 
-// Setup adds to opts.Notify what the package does in an upgrade. It is called
-// before [ecdysis.New]. A hook that is there goes on being called, after the
-// package's own.
+// Setup adds the package's part in an upgrade to opts.Notify. Call it before
+// [ecdysis.New]. A hook that is there is still called, after the package's own.
 func Setup(opts *ecdysis.Options) {
 	next := opts.Notify
 	opts.Notify = func(e ecdysis.Event) {
@@ -215,22 +216,22 @@ func notify(e ecdysis.Event) {
 	}
 }
 
-// ListenPacket returns a socket that is bound to the address: the inherited
-// one if the predecessor hands it on, with its flows, otherwise a new one.
-// Network and address are those of [ecdysis.Upgrader.ListenPacket], for UDP. If
-// the predecessor used a plain ListenPacket for the socket, its flows move to
-// this process.
+// ListenPacket returns a UDP socket that is bound to the address. If the
+// predecessor hands such a socket on, ListenPacket returns that socket with its
+// flows. Otherwise it makes a new one. Network and address are those of
+// [ecdysis.Upgrader.ListenPacket]. If the predecessor used a plain ListenPacket
+// for the socket, its flows move to this process.
 //
 // Several sockets may have one address (ecdysis.ListenConfig.ReusePort). Each
-// is asked for by a call of its own, and all have one table. Their number may
-// grow in an upgrade, because each flow knows which socket of its process reads
-// it. It must not shrink while older processes live: they keep the sockets that
-// the newest one has dropped, and nobody reads what comes there.
+// needs a call of its own, and all have one table. Their number may grow in an
+// upgrade, because each flow knows which socket of its process reads it. The
+// number must not shrink while older processes live. They keep the sockets that
+// the newest process has dropped, and nobody reads the packets that come there.
 //
-// The errors are those of ListenPacket. A table of flows that this program
-// cannot use, because its layout, Key or Generation is another, is an error,
-// too: the program passes it to [ecdysis.Upgrader.Fail], and the predecessor
-// goes on serving.
+// The errors are those of ecdysis.Upgrader.ListenPacket. It is also an error if
+// Setup was not called, if a field of c is out of range, or if the table of flows
+// has another layout or was made with another Key or Generation. A program passes
+// the error to [ecdysis.Upgrader.Fail], so that the predecessor goes on serving.
 func ListenPacket(u *ecdysis.Upgrader, network, address string, c Config) (*Conn, error) {
 	conn, err := listenPacket(u, network, address, c)
 	if err != nil {
@@ -247,8 +248,8 @@ func listenPacket(u *ecdysis.Upgrader, network, address string, config Config) (
 	if err != nil {
 		return nil, err
 	}
-	// Sockets with one address are handed on in order: who gets the socket
-	// must also be the one who gets its number.
+	// Sockets with one address are handed on in order. The lock makes sure that
+	// the call that gets a socket also gets the socket's number.
 	process.mu.Lock()
 	defer process.mu.Unlock()
 	pc, err := u.ListenPacketWith(config.Listen, network, address)
@@ -258,7 +259,7 @@ func listenPacket(u *ecdysis.Upgrader, network, address string, config Config) (
 	core, ok := pc.(*ecdysis.UDPConn)
 	if !ok {
 		pc.Close()
-		return nil, fmt.Errorf("a %T cannot be waited for; want UDP without ListenConfig.Raw", pc)
+		return nil, fmt.Errorf("the socket is a %T, whose reads a handover does not wait for; want UDP without ListenConfig.Raw", pc)
 	}
 	conn, err := newConn(u, core, config)
 	if err != nil {
@@ -270,10 +271,10 @@ func listenPacket(u *ecdysis.Upgrader, network, address string, config Config) (
 
 // Stats counts what a Conn has done since ListenPacket.
 type Stats struct {
-	Own       uint64 // packets read from the socket and returned by this Conn
-	Forwarded uint64 // packets read from the socket and handed to an older process
-	Dropped   uint64 // packets lost because an older process's inbox was full
-	Received  uint64 // packets returned by this Conn that a newer process has handed to it
-	TakenOver uint64 // flows that became this process's because the one they belonged to has ended
-	Untracked uint64 // packets whose flow is not in the table, which was full
+	Own       uint64 // packets of this process's flows that were read from the socket
+	Forwarded uint64 // packets that were read from the socket and sent to an older process
+	Dropped   uint64 // packets that were lost because an older process's inbox was full
+	Received  uint64 // packets that came from a newer process
+	TakenOver uint64 // flows that became this process's because their process had ended
+	Untracked uint64 // packets whose flow is not in the table because the table was full
 }

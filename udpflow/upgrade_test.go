@@ -18,8 +18,8 @@ import (
 	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
-// These tests have real processes. Each answers a packet with its process ID
-// and generation.
+// These tests have real processes. A process answers each packet with its process
+// ID and generation.
 
 // setup is planned for AtStart.
 var setup = proctest.Define("Setup", func(d *proctest.Daemon, _ proctest.None) (proctest.None, error) {
@@ -27,15 +27,15 @@ var setup = proctest.Define("Setup", func(d *proctest.Daemon, _ proctest.None) (
 	return proctest.None{}, nil
 })
 
-// A socketSpec is the arguments of ListenPacket, and how often it is called.
+// A socketSpec has the arguments of ListenPacket, and the number of calls.
 type socketSpec struct {
 	Network, Address string
-	Key, Generation  string // the name of one of the functions below; "": none
+	Key, Generation  string // the names of functions below, or "" for none
 	IdleTimeout      time.Duration
 	MaxFlows, Buffer int
 	ReusePort        bool
-	Sockets          int  // 0 is 1
-	Layout           bool // be a program that knows another layout of the table
+	Sockets          int  // 0 means 1
+	Layout           bool // know another layout of the table
 }
 
 var testKeys = map[string]func([]byte, netip.AddrPort) []byte{
@@ -54,7 +54,7 @@ var testGenerations = map[string]func([]byte) (byte, bool){
 	},
 }
 
-// flowSockets makes d's sockets, or ends d.
+// flowSockets makes d's sockets, or ends d if that fails.
 var flowSockets = proctest.Define("ListenPacket", func(d *proctest.Daemon, s socketSpec) (proctest.None, error) {
 	if s.Layout {
 		layout++
@@ -96,7 +96,7 @@ func daemon(s socketSpec) proctest.Spec {
 
 var anyPort = socketSpec{Network: "udp4", Address: "127.0.0.1:0"}
 
-// say sends text and returns who answers.
+// say sends text and returns the process that answers.
 func say(t testing.TB, c net.Conn, text string) (pid int) {
 	t.Helper()
 	mustWrite(t, c, text)
@@ -120,7 +120,7 @@ func hear(t testing.TB, c net.Conn) (pid int) {
 	return pid
 }
 
-// connect returns a client that has not said anything.
+// connect returns a client that has sent nothing.
 func connect(t testing.TB, p *proctest.Proc) net.Conn {
 	t.Helper()
 	c, err := p.Addr(0).Dial()
@@ -212,8 +212,8 @@ func TestWildcard(t *testing.T) {
 	}
 }
 
-// Twenty generations live at once, each with a flow. What happens to one of
-// them is of no concern to the others.
+// Twenty generations live at once, each with a flow. None is affected by what
+// happens to another.
 func TestChain(t *testing.T) {
 	t.Parallel()
 	p := proctest.Start(t, daemon(anyPort))
@@ -255,7 +255,7 @@ func TestChain(t *testing.T) {
 		}
 	}
 	all()
-	// What was inherited for processes that have ended is not handed on for ever.
+	// The inboxes of processes that have ended are not handed on for ever.
 	if got := inboxes.On(p); got != 22-3 {
 		t.Errorf("%d inboxes; want those of the living, 19", got)
 	}
@@ -265,7 +265,8 @@ var inboxes = proctest.Define("inboxes", func(d *proctest.Daemon, _ proctest.Non
 	return len(d.U.FileNames("udpflow ")) - 1, nil
 })
 
-// A process that reads no more loses what does not fit, and nobody else does.
+// A process that reads no more loses the packets that do not fit its inbox. Other
+// processes lose none.
 func TestStuck(t *testing.T) {
 	t.Parallel()
 	a := anyPort
@@ -298,8 +299,8 @@ func TestStuck(t *testing.T) {
 	p.Answers(stuck)
 }
 
-// The newest process is killed while its successor starts. That one has all
-// flows of those that live.
+// The newest process is killed while its successor starts. The successor serves
+// the flows of all processes that live.
 func TestNewestKilled(t *testing.T) {
 	t.Parallel()
 	for _, point := range []proctest.Point{proctest.AtListened, proctest.On(ecdysis.EventReady)} {
@@ -331,7 +332,7 @@ func TestNewestKilled(t *testing.T) {
 	}
 }
 
-// Upgrades fail at each step, and no flow notices.
+// Upgrades that fail at any step do not affect flows.
 func TestFailedUpgrades(t *testing.T) {
 	t.Parallel()
 	good := daemon(anyPort)
@@ -373,8 +374,8 @@ func TestFailedUpgrades(t *testing.T) {
 	}
 }
 
-// A successor ends in its probation. Its flows go to the process that has the
-// socket again, and nobody else's do.
+// A successor ends in its probation. Its flows go to the process that takes the
+// socket back. Other flows stay where they are.
 func TestProbation(t *testing.T) {
 	t.Parallel()
 	good := daemon(anyPort)
@@ -393,7 +394,7 @@ func TestProbation(t *testing.T) {
 			s.Answers(second)
 			n.Answers(third)
 		}
-		// What the successor has forwarded comes before what is in the socket.
+		// Packets that the successor has forwarded come before those in the socket.
 		if err := n.Process.Kill(); err != nil {
 			t.Fatal(err)
 		}
@@ -448,7 +449,7 @@ func TestPlainPredecessor(t *testing.T) {
 	p := proctest.Start(t, proctest.Spec{}.And("udp4", "127.0.0.1:0"), daemon(anyPort))
 	c := p.Dial(0)
 	s := p.Upgrade()
-	s.Answers(c) // nobody has noted whose it is
+	s.Answers(c) // its flow is in no table
 	n := s.Upgrade()
 	s.Answers(c)
 	n.Serves()
@@ -482,7 +483,7 @@ func TestOtherTable(t *testing.T) {
 		change func(*socketSpec)
 		want   string
 	}{
-		"layout":        {func(a *socketSpec) { a.Layout = true }, "the table of flows has layout 1, and this program knows layout 2 alone"},
+		"layout":        {func(a *socketSpec) { a.Layout = true }, "the table of flows has layout 1, but this program knows only layout 2"},
 		"key":           {func(a *socketSpec) { a.Key = "two bytes" }, "Config.Key is another function than in the predecessor"},
 		"no key":        {func(a *socketSpec) { a.Key = "" }, "Config.Key is another function than in the predecessor"},
 		"no generation": {func(a *socketSpec) { a.Generation = "" }, "Config.Generation is another function than in the predecessor"},
@@ -545,7 +546,7 @@ func TestReusePort(t *testing.T) {
 		more(p)
 		all()
 	}
-	if runtime.GOOS == "linux" { // which spreads clients over the sockets
+	if runtime.GOOS == "linux" { // Linux spreads clients over the sockets
 		got := []Stats{stats.On(owners[0], 0), stats.On(owners[0], 1), stats.On(owners[0], 2)}
 		for i, s := range got {
 			if s.Own > 0 && s.Received == 0 {
@@ -555,7 +556,7 @@ func TestReusePort(t *testing.T) {
 	}
 }
 
-// A process that nobody of the chain has started takes over.
+// A process that was started by none of the chain takes over.
 func TestTakeover(t *testing.T) {
 	t.Parallel()
 	spec := daemon(anyPort)
@@ -564,8 +565,8 @@ func TestTakeover(t *testing.T) {
 	chain := proctest.New(t, spec)
 	p := chain.Start()
 	c := p.Dial(0)
-	// The first process ends accepting when Wait returns, and closes its
-	// socket: the flow goes to the newest process.
+	// The first process closes its socket when Wait returns. The flow then goes to
+	// the newest process.
 	s := chain.Start()
 	p.WaitReturned()
 	p.Ended()
@@ -607,7 +608,7 @@ func TestGenerationByte(t *testing.T) {
 	for g := 1; g <= 257; g++ {
 		p = p.Upgrade()
 		procs = append(procs, p)
-		if g >= 3 && g != 254 { // all but a few have ended
+		if g >= 3 && g != 254 { // all but a few processes end
 			procs[g-2].Kill()
 		}
 		if g < 250 {
@@ -626,8 +627,7 @@ func TestGenerationByte(t *testing.T) {
 	}
 }
 
-// What a function given to SyscallConn().Read does is done before a successor
-// serves.
+// A function given to SyscallConn().Read has returned before a successor serves.
 func TestHandoverWaitsForRawRead(t *testing.T) {
 	t.Parallel()
 	plain := proctest.Spec{NoAccept: true}.And("udp4", "127.0.0.1:0")
