@@ -288,7 +288,7 @@ func TestOpenTable(t *testing.T) {
 		{want: "layout 1, but this program knows only layout 2", prep: func() { layout = 2 }, undo: func() { layout = 1 }, mine: mine},
 		{want: "Config.Key", mine: prints{7, 6}},
 		{want: "Config.Generation", mine: prints{5, 7}},
-		{want: "no table", prep: func() { first.h.magic[0]++ }, undo: func() { first.h.magic[0]-- }, mine: mine},
+		{want: "not a table", prep: func() { first.h.magic[0]++ }, undo: func() { first.h.magic[0]-- }, mine: mine},
 		{want: "not the size of 251 buckets", prep: func() { first.h.buckets++ }, undo: func() { first.h.buckets-- }, mine: mine},
 	} {
 		if tt.prep != nil {
