@@ -20,20 +20,24 @@ func init() {
 			fmt.Println("flooded", err)
 			return
 		}
-		var held []net.Conn
-		for range 5000 { // more than any queue holds
-			c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Net: "unixpacket", Name: os.Args[1]})
-			if err != nil {
-				fmt.Println("flooded", err)
-				return
+		flood := func(n int) error {
+			var held []net.Conn
+			for range n {
+				c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Net: "unixpacket", Name: os.Args[1]})
+				if err != nil {
+					return err
+				}
+				if len(held) > 0 { // an error means that it was let go already
+					_, _ = c.Write([]byte("STATUS=I am another\nMAINPID=1\nREADY=1"))
+				}
+				held = append(held, c)
 			}
-			if len(held) > 0 { // an error means that it was let go already
-				_, _ = c.Write([]byte("STATUS=I am another\nMAINPID=1\nREADY=1"))
-			}
-			held = append(held, c)
+			_, err := held[0].Read(make([]byte, 1)) // returns when the connection is closed
+			return err
 		}
-		_, err := held[0].Read(make([]byte, 1)) // returns when the connection is closed
-		fmt.Println("flooded", err)
+		fmt.Println("flooded", flood(5000)) // more than any queue holds
+		_, _ = os.Stdin.Read(make([]byte, 1))
+		fmt.Println("flooded again", flood(100))
 		_, _ = io.Copy(io.Discard, os.Stdin)
 	}
 }
@@ -52,9 +56,14 @@ func TestRelayFlood(t *testing.T) {
 	defer func() { p.in.Close(); p.wait() }()
 	p.expect("flooded EOF")
 	n, _ := successor(t, m, c)
+	if _, err := p.in.Write([]byte("\n")); err != nil { // now that the successor is connected
+		t.Fatal(err)
+	}
+	p.expect("flooded again EOF")
 	if err := n.Status("warm"); err != nil {
 		t.Fatal(err)
 	}
+	m.hasAll() // it waits at the relay, which the successor has not lost
 	go opts.Notify(ecdysis.Event{Kind: ecdysis.EventUpgraded, PID: os.Getpid(), Generation: 1})
 	m.gets("STATUS=warm")
 	m.gets("MAINPID=" + strconv.Itoa(os.Getpid()) + "\nREADY=1")
