@@ -10,9 +10,7 @@ import (
 	"net"
 	"net/rpc"
 	"os"
-	"strings"
 	"syscall"
-	"testing"
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
@@ -195,24 +193,4 @@ func ExampleServer_Listener() {
 	// sum: 7 <nil>
 	// connections: 1
 	// shutdown: <nil>
-}
-
-// The README's lines for plain servers are those of the example.
-func TestReadme(t *testing.T) {
-	t.Parallel()
-	readme, err := os.ReadFile("../README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	example, err := os.ReadFile("example_test.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, section, _ := strings.Cut(string(readme), "\n## Plain servers\n")
-	_, lines, _ := strings.Cut(section, "```go\n")
-	lines, _, _ = strings.Cut(lines, "```\n")
-	indented := strings.ReplaceAll("\n"+strings.TrimSuffix(lines, "\n"), "\n", "\n\t")
-	if lines == "" || !strings.Contains(string(example), strings.ReplaceAll(indented, "\n\t\n", "\n\n")) {
-		t.Errorf("the README's lines are not those of Example:\n%s", lines)
-	}
 }

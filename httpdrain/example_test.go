@@ -6,9 +6,7 @@ import (
 	"log"
 	"net/http"
 	"os"
-	"strings"
 	"syscall"
-	"testing"
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
@@ -87,24 +85,5 @@ func ExampleDrainer_Counts() {
 		case <-tick:
 			log.Print("waiting for ", d.Counts()) // 0 new, 1 active and 3 idle connections, 1 handlers
 		}
-	}
-}
-
-// The README's lines for web servers are those of the example.
-func TestReadme(t *testing.T) {
-	readme, err := os.ReadFile("../README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	example, err := os.ReadFile("example_test.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, section, _ := strings.Cut(string(readme), "\n## Web servers\n")
-	_, lines, _ := strings.Cut(section, "```go\n")
-	lines, _, _ = strings.Cut(lines, "```\n")
-	indented := strings.ReplaceAll("\n"+strings.TrimSuffix(lines, "\n"), "\n", "\n\t")
-	if lines == "" || !strings.Contains(string(example), strings.ReplaceAll(indented, "\n\t\n", "\n\n")) {
-		t.Errorf("the README's lines are not those of Example:\n%s", lines)
 	}
 }

@@ -558,7 +558,7 @@ func testStop(d *daemon) {
 		d.t.Fatal("a client is served after the stop")
 	}
 	check()
-	if err := old.ask("hello"); err == nil { // as the README says
+	if err := old.ask("hello"); err == nil { // as docs/systemd.md says
 		d.t.Fatal("the signal that stops the unit has not ended the older generation")
 	}
 	c.asks("still served")

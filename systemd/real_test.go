@@ -94,21 +94,21 @@ func realSystemd(t *testing.T) string {
 	return real
 }
 
-// The README has all units, as they are tested.
-func TestReadme(t *testing.T) {
-	readme, err := os.ReadFile("../README.md")
+// docs/systemd.md has all units, as they are tested.
+func TestUnits(t *testing.T) {
+	page, err := os.ReadFile("../docs/systemd.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	quoted := make(map[string]bool)
-	for _, m := range regexp.MustCompile("(?ms)^```ini\n# (\\S+)\n(.*?)^```$").FindAllSubmatch(readme, -1) {
+	for _, m := range regexp.MustCompile("(?ms)^```ini\n# (\\S+)\n(.*?)^```$").FindAllSubmatch(page, -1) {
 		name := string(m[1])
 		quoted[name] = true
 		unit, err := os.ReadFile("testdata/units/" + name)
 		if err != nil {
 			t.Error(err)
 		} else if !bytes.Equal(unit, m[2]) {
-			t.Errorf("README.md has another %s than testdata/units", name)
+			t.Errorf("docs/systemd.md has another %s than testdata/units", name)
 		}
 	}
 	list, err := os.ReadDir("testdata/units")
@@ -117,7 +117,7 @@ func TestReadme(t *testing.T) {
 	}
 	for _, e := range list {
 		if !quoted[e.Name()] {
-			t.Errorf("README.md lacks %s", e.Name())
+			t.Errorf("docs/systemd.md lacks %s", e.Name())
 		}
 	}
 }

@@ -38,7 +38,7 @@ func TestSystemd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	readme, err := os.ReadFile("../../../README.md")
+	page, err := os.ReadFile("../../../docs/systemd.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,7 +56,7 @@ func TestSystemd(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	base := string(regexp.MustCompile("(?ms)^# mydaemon.service\n(.*?)^```$").FindSubmatch(readme)[1])
+	base := string(regexp.MustCompile("(?ms)^# mydaemon.service\n(.*?)^```$").FindSubmatch(page)[1])
 	base = strings.Replace(base, "[Service]\n", "[Service]\nRuntimeDirectory=mydaemon\n", 1)
 	for _, s := range stops {
 		if s.line != "" && !strings.Contains(string(doc), "\n| `"+s.line+"` |") {
@@ -100,7 +100,7 @@ var stops = []struct {
 	{"process", "KillMode=process", true, true},
 }
 
-// mydaemon is the daemon of the README's unit: it tells each client its
+// mydaemon is the daemon of the unit in docs/systemd.md: it tells each client its
 // generation, and sends back what it sends.
 var mydaemon = proctest.DefineRole("mydaemon", func() {
 	if len(os.Args) > 1 { // as the unit has it
