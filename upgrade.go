@@ -148,9 +148,17 @@ func (u *Upgrader) attempt(t trigger) error {
 	returned := false
 	defer u.stopPending()
 	defer func() {
-		if !returned { // a hook has panicked or ended the goroutine
-			t.refuse(a.fail(errors.New("a hook did not return")))
+		if returned { // a hook has neither panicked nor ended the goroutine
+			return
 		}
+		if t.byWait() {
+			// No caller can recover: this process ends, and the successor is to
+			// take that for what it is.
+			if r := recover(); r != nil {
+				panic(r)
+			}
+		}
+		t.refuse(a.fail(errors.New("a hook did not return")))
 	}()
 	u.notify(a.event(EventUpgrading))
 	err := a.run()
@@ -386,10 +394,19 @@ func (a *attempt) unexpected(f frame) error {
 	return fmt.Errorf("the successor sent a frame %q at step %s: it does not use this protocol", f.kind, a.stage.step())
 }
 
-// gone is an error of sending, as Upgrade reports it.
-func gone(err error) error {
-	if err == io.EOF {
-		return io.ErrUnexpectedEOF
+// gone is an error of sending, as Upgrade reports it. A successor that has ended
+// may have said why.
+func (a *attempt) gone(err error) error {
+	if err != io.EOF {
+		return err
 	}
-	return err
+	for {
+		f, err := a.s.next()
+		if err != nil {
+			return io.ErrUnexpectedEOF
+		}
+		if f.kind == frameFail {
+			return failReason(f)
+		}
+	}
 }

@@ -31,7 +31,7 @@ func (a *attempt) handOver() error {
 	}
 	probation := strconv.FormatInt(int64(u.opts.Probation), 10)
 	if err := a.s.send(frameCommit, []record{{"probation=" + probation}}, nil); err != nil {
-		return gone(err)
+		return a.gone(err)
 	}
 	f, err := a.await(time.Now().Add(handoverTimeout))
 	if err == os.ErrDeadlineExceeded && a.kill() != nil {
@@ -132,7 +132,7 @@ func (a *attempt) conclude() error {
 		_ = a.s.send(frameStop, []record{stopRecord(u.life.pending, u.life.cause)}, nil)
 	}
 	if err := a.s.send(frameFinal, nil, nil); err != nil && !a.saidBye() {
-		return gone(err)
+		return a.gone(err)
 	}
 	u.life.phase, u.life.passedOn = upgraded, passOn
 	u.successor = a.s

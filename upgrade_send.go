@@ -51,7 +51,7 @@ func (a *attempt) admit() error {
 	if a.s.atEnd() { // if not, the process that was found is the one at the other end
 		return io.ErrUnexpectedEOF
 	}
-	return gone(a.fill())
+	return a.gone(a.fill())
 }
 
 // fill begins the conversation, as far as the system's buffer goes.
@@ -146,7 +146,7 @@ func (a *attempt) handOn(deadline time.Time) error {
 		}
 		err := a.sendMore()
 		if err != nil && err != errAgain {
-			return gone(err)
+			return a.gone(err)
 		}
 		if err == errAgain {
 			// The buffer is empty, so this is the system's limit of

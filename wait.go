@@ -27,6 +27,9 @@ func (t trigger) event(kind EventKind) Event {
 	return Event{Kind: kind, Signal: t.signal, Socket: t.socket, PassedOn: t.passedOn}
 }
 
+// byWait reports whether a call of Wait acts on t, on a goroutine of its own.
+func (t trigger) byWait() bool { return t.signal != nil || t.socket != "" }
+
 // isFromOutside reports whether a process takes over that this process's PID
 // namespace does not hold.
 func (t trigger) isFromOutside() bool {

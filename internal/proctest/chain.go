@@ -196,6 +196,13 @@ func (c *Chain) take(pid int) *Proc {
 	return p
 }
 
+// has reports whether a process with this ID has connected.
+func (c *Chain) has(pid int) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.ContainsFunc(c.all, func(p *Proc) bool { return p.PID == pid || p.Process.Pid == pid })
+}
+
 // None fails the test if a process has connected that it has not asked for.
 func (c *Chain) None() {
 	c.T.Helper()
