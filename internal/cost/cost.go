@@ -33,6 +33,7 @@ type Plan struct {
 var UnderAMinute = Plan{
 	Listeners: []int{1, 100, 1000, 10000},
 	Pairs:     []int{300, 100, 30, 7},
+	Calls:     150,
 	Events:    10, Rate: 2000,
 }
 

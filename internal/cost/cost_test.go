@@ -100,6 +100,15 @@ func TestLatency(t *testing.T) {
 	}
 }
 
+// What the command measures leaves nothing out.
+func TestUnderAMinute(t *testing.T) {
+	t.Parallel()
+	p := UnderAMinute
+	if len(p.Listeners) != len(p.Pairs) || p.Calls == 0 || p.Events == 0 || p.Rate == 0 {
+		t.Errorf("%+v", p)
+	}
+}
+
 func TestReplace(t *testing.T) {
 	t.Parallel()
 	for _, page := range []string{"", "<!-- table a -->\n", "<!-- end -->\n<!-- table b -->\n<!-- end -->\n"} {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 )
 
 // architectures are those whose sizes are told, all of Linux.
@@ -17,7 +16,14 @@ var architectures = []string{"amd64", "arm64", "arm", "mipsle", "riscv64", "386"
 // something to.
 var features = []struct{ what, program, base string }{
 	{"the echo daemon without an upgrade", "plain", ""},
-	{"upgrades", "ecdysis", "plain"},
+	{"upgrades, added to it", "ecdysis", "plain"},
+	{"a socket for packets", "packets", "ecdysis"},
+	{"drain", "drain", "ecdysis"},
+	{"systemd", "systemd", "ecdysis"},
+	{"keeper", "keeper", "ecdysis"},
+	{"udpflow", "udpflow", "ecdysis"},
+	{"a net/http server without an upgrade", "httpplain", ""},
+	{"upgrades and httpdrain, added to it", "httpdrain", "httpplain"},
 }
 
 // A Size is the bytes that a feature adds to a stripped program, by
@@ -62,7 +68,7 @@ func (r *Result) sizes() *table {
 	for _, s := range r.Sizes {
 		row := []string{s.What}
 		for _, n := range s.Bytes {
-			row = append(row, strings.TrimSpace(fmt.Sprintf("%.0f", float64(n)/1e3)))
+			row = append(row, fmt.Sprintf("%.0f", float64(n)/1e3))
 		}
 		t.add(row...)
 	}
