@@ -7,8 +7,8 @@ import (
 	"github.com/ecdysis-go/ecdysis/tableflip"
 )
 
-// A program that calls package ecdysis itself, and takes over from a running
-// process that uses github.com/cloudflare/tableflip, or this package.
+// This program calls package ecdysis itself. It takes over from a running process
+// that uses github.com/cloudflare/tableflip, or this package.
 func ExampleInherit() {
 	u, err := tableflip.Inherit(ecdysis.Options{PIDFile: "/run/mydaemon.pid"})
 	if err != nil {

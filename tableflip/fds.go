@@ -85,20 +85,20 @@ type Fds struct {
 	lc   net.ListenConfig
 	core *ecdysis.Upgrader
 
-	// mu guards what follows. It is held over the core's calls that add and
-	// look up, so that several of them are one step.
+	// mu guards the fields below, up to fileMu. It is held over the core's calls
+	// that add and look up, so that several of them are one step.
 	mu        sync.Mutex
-	held      map[key]bool        // what was added here or was asked for, and of which the core has a copy: look-ups do not return it
-	listeners map[key][]*listener // which Listen and Listener have returned
+	held      map[key]bool        // things of which the core has a copy and that look-ups do not return, because they were added or asked for here
+	listeners map[key][]*listener // those that Listen and Listener have returned
 	packets   map[key][]*packetConn
 	ready     bool
 	frozen    bool     // an upgrade is about to begin or runs
-	later     []func() // what could not be added meanwhile
+	later     []func() // calls that add what could not be added while frozen
 
-	// fileMu guards what follows. It may be taken under mu.
+	// fileMu guards the fields below. It may be taken under mu.
 	fileMu  sync.Mutex
 	files   map[string]os.FileInfo // of Unix sockets, by absolute path
-	dropped []string               // paths of Unix sockets that nobody has asked for
+	dropped []string               // paths of Unix sockets that the program has not asked for
 }
 
 func newFds(lc *net.ListenConfig) *Fds {
@@ -116,7 +116,7 @@ func newFds(lc *net.ListenConfig) *Fds {
 
 // Listen returns the listener that was handed on under this network and
 // address, or a new one. Accept waits until Ready has succeeded. Closing the
-// listener does not withdraw it: the successor gets it nevertheless.
+// listener does not withdraw it, so the successor gets it nevertheless.
 func (f *Fds) Listen(network, addr string) (net.Listener, error) {
 	k := key{kindListener, network, addr}
 	f.mu.Lock()
@@ -180,7 +180,7 @@ func (f *Fds) listenWith(k key, callback func(network, addr string) (net.Listene
 	}
 	c, err := f.core.Listener(k.name())
 	if err != nil {
-		return made, nil // a socket that the core cannot hold back
+		return made, nil // the core cannot pause this socket
 	}
 	delete(f.held, k)
 	made.Close()
@@ -232,7 +232,7 @@ func (f *Fds) AddListener(network, addr string, ln Listener) error {
 		return nil
 	}
 	if len(f.listeners[k]) > 0 && f.hasFile(k) {
-		return nil // a copy of that listener, since the path leads to its socket
+		return nil // ln is a copy of that listener, because the path leads to its socket
 	}
 	return f.addSocket(k, ln)
 }
@@ -264,8 +264,8 @@ func (f *Fds) ListenPacket(network, addr string) (net.PacketConn, error) {
 }
 
 // netAlone reports whether package net has to make the socket. Package ecdysis
-// makes no raw sockets, and those of multicast groups in another way. It would
-// remove the file of a Unix socket when that is closed.
+// makes no raw sockets, makes those of multicast groups in another way, and would
+// remove the file of a Unix socket when the socket is closed.
 func netAlone(network, addr string) bool {
 	switch network {
 	case "udp", "udp4", "udp6":
@@ -278,8 +278,8 @@ func netAlone(network, addr string) bool {
 // ListenPacketWithCallback is like ListenPacket, but callback makes a new socket.
 // The callback must not use f. If it returns a *net.UDPConn or a *net.UnixConn,
 // ListenPacketWithCallback returns another net.PacketConn for the same socket,
-// whose reading waits until Ready has succeeded. It returns one of any other type
-// as it is.
+// whose reads wait until Ready has succeeded. It returns a net.PacketConn of any
+// other type as it is.
 func (f *Fds) ListenPacketWithCallback(network, addr string, callback func(network, addr string) (net.PacketConn, error)) (net.PacketConn, error) {
 	k := key{kindPacket, network, addr}
 	f.mu.Lock()
@@ -315,7 +315,7 @@ func (f *Fds) listenPacketWith(k key, callback func(network, addr string) (net.P
 	}
 	c, err := f.core.PacketConn(k.name())
 	if err != nil {
-		return made, nil // a socket that the core cannot hold back
+		return made, nil // the core cannot pause this socket
 	}
 	delete(f.held, k)
 	made.Close()
@@ -365,8 +365,8 @@ func (f *Fds) AddPacketConn(network, addr string, conn PacketConn) error {
 }
 
 // Conn returns a copy of the connection that was handed on under this network and
-// address. It returns nil, nil if there is none. The caller may close the copy:
-// the successor gets the connection, too.
+// address. It returns nil, nil if there is none. The caller may close the copy.
+// The successor gets the connection, too.
 func (f *Fds) Conn(network, addr string) (net.Conn, error) {
 	k := key{kindConn, network, addr}
 	f.mu.Lock()
@@ -406,7 +406,7 @@ func (f *Fds) AddConn(network, addr string, conn Conn) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.replace(k, func() error {
-		if _, ok := conn.(*net.IPConn); ok { // which only files are for the core
+		if _, ok := conn.(*net.IPConn); ok { // the core hands an IPConn on only as a file
 			return f.addCopy(k, conn)
 		}
 		return f.core.AddConn(k.name(), conn)
@@ -440,7 +440,7 @@ func (f *Fds) Files() ([]*os.File, error) {
 }
 
 // File returns a copy of the file that was handed on under this name. It returns
-// nil, nil if there is none. The caller may close the copy: the successor gets the
+// nil, nil if there is none. The caller may close the copy. The successor gets the
 // file, too. The descriptor may be in blocking mode.
 func (f *Fds) File(name string) (*os.File, error) {
 	k := key{kindFile, name, ""}
@@ -467,8 +467,9 @@ var errNotInherited = errors.New("it was not handed on")
 // socket and must not make a new one.
 func refuse(string, string, rawConn) error { return errNotInherited }
 
-// isNetError reports whether err is that of refuse, or of an address that the
-// core cannot listen on: no socket was handed on for this address.
+// isNetError reports whether err means that no socket was handed on for this
+// address. It is then the error of refuse, or that of an address on which the core
+// cannot listen.
 func isNetError(err error) bool {
 	var oe *net.OpError
 	return errors.As(err, &oe)
@@ -482,16 +483,16 @@ func (f *Fds) mayAdd() error {
 	return nil
 }
 
-// freeze lets nothing be added until catchUp. It waits for a call that has taken
-// something from the core to add it again: a successor that starts in between
-// would not get it.
+// freeze makes sure that nothing is added until catchUp. It waits for a call that
+// has taken something from the core until the call has added it again. A successor
+// that starts in between would not get it.
 func (f *Fds) freeze() {
 	f.mu.Lock()
 	f.frozen = true
 	f.mu.Unlock()
 }
 
-// catchUp ends what freeze began.
+// catchUp ends what freeze began, and adds what was to be added meanwhile.
 func (f *Fds) catchUp() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -522,8 +523,8 @@ func (f *Fds) takeFile(k key) (*os.File, error) {
 	return file, nil
 }
 
-// replace adds a thing by a call of add, and takes out the one that has its key.
-// f.mu is held.
+// replace adds a thing by a call of add, and takes out the thing that had its key
+// before. f.mu is held.
 func (f *Fds) replace(k key, add func() error) error {
 	err := f.mayAdd()
 	var old *os.File
@@ -565,7 +566,7 @@ func (f *Fds) addSocket(k key, s conn) error {
 	return nil
 }
 
-// keepFile lets a Unix listener be closed without its file being removed.
+// keepFile makes Close of a Unix listener leave the listener's file.
 func keepFile(s any) {
 	if u, ok := s.(interface{ SetUnlinkOnClose(bool) }); ok {
 		u.SetUnlinkOnClose(false)
@@ -600,8 +601,8 @@ func (f *Fds) usePacketConn(k key, c net.PacketConn) net.PacketConn {
 	return &unixgramConn{c.(*ecdysis.UnixgramConn), p}
 }
 
-// noteFile notes the file of a Unix socket, so that it can be told from another
-// file of the same name later.
+// noteFile records the file of a Unix socket, so that it can be distinguished from
+// another file of the same name later.
 func (f *Fds) noteFile(k key) {
 	path, fi := k.socketFile()
 	if fi == nil {
@@ -612,7 +613,7 @@ func (f *Fds) noteFile(k key) {
 	f.fileMu.Unlock()
 }
 
-// hasFile reports whether the file that noteFile has noted is still there.
+// hasFile reports whether the file that noteFile has recorded is still there.
 func (f *Fds) hasFile(k key) bool {
 	path, fi := k.socketFile()
 	f.fileMu.Lock()
@@ -620,7 +621,7 @@ func (f *Fds) hasFile(k key) bool {
 	return fi != nil && f.files[path] != nil && os.SameFile(fi, f.files[path])
 }
 
-// unlink removes the files that noteFile has noted.
+// unlink removes the files that noteFile has recorded.
 func (f *Fds) unlink() {
 	f.fileMu.Lock()
 	defer f.fileMu.Unlock()
@@ -659,8 +660,8 @@ func (f *Fds) dropUnclaimed() error {
 	return nil
 }
 
-// noteDropped notes the path of a Unix socket that the program has not asked for.
-// The label is of the form "unix /path".
+// noteDropped records the path of a Unix socket that the program has not asked
+// for. The label is of the form "unix /path".
 func (f *Fds) noteDropped(label string) {
 	network, path, _ := strings.Cut(label, " ")
 	if !isUnix(network) || path == "" || path[0] == '@' {
@@ -671,8 +672,8 @@ func (f *Fds) noteDropped(label string) {
 	f.fileMu.Unlock()
 }
 
-// becomeReady makes look-ups find nothing from now on, and removes the files that
-// noteDropped has noted. It reports whether this is the first call.
+// becomeReady makes look-ups find nothing from now on, and removes the files whose
+// paths noteDropped has recorded. It reports whether this is the first call.
 func (f *Fds) becomeReady() bool {
 	f.mu.Lock()
 	first := !f.ready

@@ -10,7 +10,7 @@ import (
 	stub "github.com/ecdysis-go/ecdysis/tableflip/testing"
 )
 
-// TestNotSupported is what a program does where there are no upgrades.
+// TestNotSupported does what a program does on a system without upgrades.
 func TestNotSupported(t *testing.T) {
 	u, err := tableflip.New(tableflip.Options{})
 	if !errors.Is(err, tableflip.ErrNotSupported) || u != nil {

@@ -21,10 +21,10 @@ import (
 const supported = true
 
 // A tableflip process starts its successor with the variable parentVar and these
-// descriptors. readyFD is the write end of a pipe: the successor writes readyByte
-// to it when it is ready. namesFD is the read end of a pipe: the tableflip process
-// writes a list of names to it, and keeps its end open until it exits. The
-// descriptors from firstNamed on have these names.
+// descriptors. readyFD is the write end of a pipe, to which the successor writes
+// readyByte when it is ready. namesFD is the read end of another pipe. The
+// tableflip process writes a list of names to that pipe, and keeps its end open
+// until it exits. The descriptors from firstNamed on have these names.
 const (
 	parentVar  = "TABLEFLIP_HAS_PARENT_7DIU3"
 	readyByte  = 42
@@ -37,17 +37,17 @@ const (
 // a process is stopped or starved, and serves nobody.
 const tellTimeout = 5 * time.Second
 
-// passed are the descriptors from readyFD on that a tableflip process has passed to
-// this one. It is nil if there are none, or if openParent has taken them. They
-// are found, and the variable is removed, before the program can start another
-// one, which would take them for its own.
+// passed has the descriptors from readyFD on that a tableflip process has passed to
+// this one. It is nil if there are none, or if openParent has taken them. It is set
+// and the variable removed at initialisation, before the program can start another
+// program, which would take them for its own.
 var passed = passedHere()
 
 func passedHere() []int {
 	if os.Getenv(parentVar) == "" {
 		return nil
 	}
-	_ = os.Unsetenv(parentVar) // fails for no name like this
+	_ = os.Unsetenv(parentVar) // cannot fail for this name
 	// Every program that a tableflip process starts has the variable. Only its
 	// successor has the pipes.
 	if !isPipe(readyFD, unix.O_WRONLY) || !isPipe(namesFD, unix.O_RDONLY) {
@@ -55,7 +55,7 @@ func passedHere() []int {
 	}
 	var fds []int
 	for fd := readyFD; ; fd++ {
-		// What the Go runtime has opened is close-on-exec.
+		// Descriptors that the Go runtime has opened are close-on-exec.
 		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
 		if err != nil || flags&unix.FD_CLOEXEC != 0 {
 			return fds
@@ -99,7 +99,7 @@ func openParent(deadline time.Time) (*parent, error) {
 	}
 	fds := passed
 	passed = nil
-	for _, fd := range fds[:firstNamed-readyFD] { // so that deadlines work
+	for _, fd := range fds[:firstNamed-readyFD] { // deadlines need it
 		if err := unix.SetNonblock(fd, true); err != nil {
 			return nil, os.NewSyscallError("fcntl", err)
 		}
@@ -112,15 +112,15 @@ func openParent(deadline time.Time) (*parent, error) {
 	fds = fds[firstNamed-readyFD:]
 	names, err := p.readNames(deadline)
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		// It has died before it has written the names. Its sockets are here,
-		// and package ecdysis finds them by their addresses.
+		// The parent has died before it has written the names. The sockets are
+		// here, and package ecdysis finds them by their addresses.
 		names, err = nil, nil
 		for _, fd := range fds {
 			names = append(names, []string{kindListener, "descriptor", strconv.Itoa(fd)})
 		}
 	}
 	if err == nil && len(names) > len(fds) {
-		err = fmt.Errorf("it hands on %d descriptors, and %d have come", len(names), len(fds))
+		err = fmt.Errorf("it names %d descriptors, but has passed %d", len(names), len(fds))
 	}
 	if err != nil {
 		p.close()
@@ -130,7 +130,7 @@ func openParent(deadline time.Time) (*parent, error) {
 		return nil, fmt.Errorf("the tableflip process that has started this one: %w", err)
 	}
 	for i, fd := range fds {
-		if i >= len(names) { // not handed on, but left inheritable on purpose
+		if i >= len(names) { // it has no name, so the program has left it inheritable on purpose
 			_, _ = unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0)
 			continue
 		}
@@ -148,7 +148,7 @@ func (p *parent) readNames(deadline time.Time) (names [][]string, err error) {
 		return nil, err
 	}
 	if err := gob.NewDecoder(p.alive).Decode(&names); err != nil {
-		return nil, fmt.Errorf("the names of what it hands on: %w", err)
+		return nil, fmt.Errorf("reading the names of its descriptors: %w", err)
 	}
 	return names, p.alive.SetReadDeadline(time.Time{})
 }
@@ -157,7 +157,7 @@ func (p *parent) readNames(deadline time.Time) (names [][]string, err error) {
 func (p *parent) addTo(u *ecdysis.Upgrader) error {
 	for _, n := range p.named {
 		if err := n.addTo(u); err != nil {
-			return fmt.Errorf("what the tableflip process hands on: %w", err)
+			return fmt.Errorf("adding %q of the tableflip process: %w", n.name(), err)
 		}
 	}
 	return nil
@@ -165,7 +165,7 @@ func (p *parent) addTo(u *ecdysis.Upgrader) error {
 
 func (n named) addTo(u *ecdysis.Upgrader) error {
 	if n.kind == kindConn {
-		// What net has no connections for is added as a file.
+		// A socket that net does not support as a connection is added as a file.
 		if c, err := net.FileConn(n.file); err == nil {
 			defer c.Close()
 			if err := u.AddConn(n.name(), c); err == nil {
@@ -176,7 +176,7 @@ func (n named) addTo(u *ecdysis.Upgrader) error {
 	return u.AddFile(n.name(), n.file)
 }
 
-// closeFiles closes the descriptors, of which the core has copies.
+// closeFiles closes the descriptors, because the core has copies.
 func (p *parent) closeFiles() {
 	for _, n := range p.named {
 		n.file.Close()
@@ -188,13 +188,13 @@ func (p *parent) close() {
 	p.alive.Close()
 }
 
-// tell tells the parent that this process serves. It returns when the parent has
-// read that, has died, or has not read it within tellTimeout. No error matters: a
-// parent that has given this process up kills it.
+// tell writes the ready byte to the parent. It returns when the parent has read
+// the byte or has died, or after tellTimeout. Errors are ignored, because a parent
+// that has given this process up kills it.
 func (p *parent) tell() {
 	defer p.ready.Close()
 	if _, err := p.ready.Write([]byte{readyByte}); err != nil {
-		return // it has died
+		return // the parent has died
 	}
 	raw, err := p.ready.SyscallConn()
 	if err != nil || p.ready.SetWriteDeadline(time.Now().Add(tellTimeout)) != nil {
@@ -229,13 +229,13 @@ func (p *parent) wait(ctx context.Context) error {
 	for {
 		_, err := p.alive.Read(b[:])
 		switch {
-		case err == nil: // it says nothing that matters
-		case !errors.Is(err, os.ErrDeadlineExceeded): // io.EOF, or os.ErrClosed after an earlier one
+		case err == nil: // the parent sends nothing of interest
+		case !errors.Is(err, os.ErrDeadlineExceeded): // io.EOF, or os.ErrClosed in a call after that
 			p.forget()
 			return nil
 		case ctx.Err() != nil:
 			return ctx.Err()
-		default: // that of a context that has ended an earlier call
+		default: // the deadline is left from an earlier call, whose context has ended
 			_ = p.alive.SetReadDeadline(time.Time{})
 		}
 	}
@@ -251,7 +251,7 @@ func (p *parent) gone() bool {
 	if gone {
 		p.forget()
 	}
-	return gone || err != nil // wait has closed it
+	return gone || err != nil // err is not nil if wait has closed the pipe
 }
 
 // forget closes the pipe by which this process sees the parent exit.

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// FuzzParentNames: whatever a tableflip process writes in the place of the list
-// of names, the list is read, or it is an error. It comes in pieces.
+// FuzzParentNames reads what a tableflip process may write in the place of the list
+// of names. It must be a list or an error. The bytes come in two pieces.
 func FuzzParentNames(f *testing.F) {
 	for _, v := range []any{
 		[][]string{{kindListener, "tcp", ":80"}, {kindFile, "lock", ""}, {"later", "a", "b", "c"}, {}, nil},

@@ -73,8 +73,8 @@ func (l *listener) Accept() (net.Conn, error) {
 	}
 }
 
-// keepAlive applies the settings of the ListenConfig. Net has applied those of the
-// zero ListenConfig already.
+// keepAlive applies the settings of f.lc. Package net has already applied those of
+// the zero ListenConfig.
 func (f *Fds) keepAlive(c *net.TCPConn) {
 	switch cfg := f.lc.KeepAliveConfig; {
 	case cfg.Enable:
@@ -134,11 +134,11 @@ func (l *listener) Close() error {
 	if l.detached {
 		return l.ln.Close()
 	}
-	_ = l.ln.SetDeadline(past) // fails only if nobody accepts any more
+	_ = l.ln.SetDeadline(past) // fails only if the core has closed the socket
 	return nil
 }
 
-// detach takes the socket from the core, because another one is handed on in its
+// detach takes the socket from the core, because another socket is handed on in its
 // place. The listener goes on accepting until the program closes it.
 func (l *listener) detach() {
 	l.mu.Lock()
@@ -208,7 +208,7 @@ func (p *packetConn) close() error {
 	f.held[p.k] = true
 	if !f.frozen {
 		if err := f.addCopy(p.k, p.core); !errors.Is(err, ecdysis.ErrInProgress) {
-			return p.core.Close() // an error but this one says that nothing is handed on any more
+			return p.core.Close() // any other error means that nothing is handed on any more
 		}
 	}
 	// The successor may still have to get its copy, so the socket stays open.

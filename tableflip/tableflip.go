@@ -3,11 +3,11 @@
 //
 //	import "github.com/ecdysis-go/ecdysis/tableflip"
 //
-// A running tableflip process, one with the other import path, can upgrade to
-// this program. New takes over its sockets and files, Ready tells it that this
-// process serves, and no client notices. Later upgrades work by package ecdysis.
-// A program that calls package ecdysis directly calls [Inherit] instead of
-// [ecdysis.New].
+// A tableflip process is a running process that has the other import path. It can
+// upgrade to this program. New takes over its sockets and files, Ready tells it
+// that this process serves, and clients do not notice. Later upgrades work by
+// package ecdysis. A program that uses package ecdysis directly calls [Inherit]
+// instead of [ecdysis.New].
 //
 // Some behaviour is stricter, because the other package's way can lose clients.
 // Two generations never accept at once, so Accept waits until Ready has
@@ -49,8 +49,8 @@ type Options struct {
 	// PIDFile is a file that Ready writes the process ID to, and that Stop
 	// removes if it still names this process. Empty means none.
 	PIDFile string
-	// ListenConfig says how new sockets are made: by its Control, and with its
-	// settings of keep-alive. Nil means the zero one.
+	// ListenConfig has the Control function and the keep-alive settings of new
+	// sockets. Nil means the zero ListenConfig.
 	ListenConfig *net.ListenConfig
 }
 
@@ -82,8 +82,8 @@ type Upgrader struct {
 }
 
 // New returns this process's Upgrader. If another process has started this one to
-// be its successor, the Upgrader has all that this process hands on. A process can
-// have one Upgrader: once New has succeeded, later calls fail.
+// be its successor, the Upgrader has everything that the other process hands on. A
+// process can have one Upgrader, so later calls fail once New has succeeded.
 func New(opts Options) (*Upgrader, error) {
 	if !supported {
 		return nil, fmt.Errorf("tableflip: new: %w", ErrNotSupported)
@@ -174,7 +174,7 @@ func inherit(opts ecdysis.Options) (*ecdysis.Upgrader, *parent, error) {
 // returns nil if the parent has died meanwhile.
 func (u *Upgrader) Ready() error {
 	defer u.Fds.catchUp()
-	if u.parent != nil { // what is the core's own it closes by itself
+	if u.parent != nil { // without a tableflip process the core closes what is unclaimed
 		if err := u.Fds.dropUnclaimed(); err != nil {
 			return fmt.Errorf("tableflip: ready: %w", err)
 		}

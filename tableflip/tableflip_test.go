@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestNames keeps the names in package ecdysis, by which the next version finds
-// what this one hands on.
+// TestNames fixes the names in package ecdysis, because the next version of a
+// program finds things by these names.
 func TestNames(t *testing.T) {
 	seen := make(map[string]key)
 	for _, c := range []struct {
@@ -51,8 +51,8 @@ func FuzzNames(f *testing.F) {
 	})
 }
 
-// FuzzKeys: the name of anything leads back to it. Only the words of an address
-// may have spaces.
+// FuzzKeys checks that keyOf returns the key from its name. Only an address or a
+// file's name may have spaces.
 func FuzzKeys(f *testing.F) {
 	f.Add(uint8(0), "tcp", ":80")
 	f.Add(uint8(1), "unixgram", "/a path/s")
