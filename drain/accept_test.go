@@ -46,7 +46,7 @@ func TestAcceptedLate(t *testing.T) {
 			t.Error(err)
 		}
 		synctest.Wait()
-		if w.library { // its loop has called Accept again
+		if w.library { // the library's loop has called Accept again
 			select {
 			case f.accept <- net.ErrClosed:
 				t.Error("Accept is called once Shutdown has begun")
@@ -158,15 +158,15 @@ func TestAfterTheEnd(t *testing.T) {
 	}
 }
 
-// A lasting error of Accept is Serve's, and a library's, as it is. So is that of
-// a listener which somebody else has closed. Clients are served on.
+// Serve and a library's Accept return a lasting error of Accept unchanged. So they
+// do if other code has closed the listener. Clients are still served.
 func TestAcceptFails(t *testing.T) {
 	t.Parallel()
 	for _, want := range []error{
 		errors.New("fake"),
 		&net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", syscall.EINVAL)},
 		&net.OpError{Op: "accept", Err: net.ErrClosed},
-		&net.OpError{Op: "accept", Err: os.ErrDeadlineExceeded}, // says Temporary
+		&net.OpError{Op: "accept", Err: os.ErrDeadlineExceeded}, // its Temporary returns true
 	} {
 		t.Run(want.Error(), func(t *testing.T) {
 			t.Parallel()
@@ -175,7 +175,7 @@ func TestAcceptFails(t *testing.T) {
 				f := newFake()
 				handler := func(c net.Conn) { _, _ = io.Copy(c, c) }
 				var result <-chan error
-				if w.library { // which does not close its clients
+				if w.library { // here it does not close its clients
 					ln := srv.Listener(f)
 					got := make(chan error, 1)
 					go func() {
@@ -223,7 +223,7 @@ func TestAcceptFails(t *testing.T) {
 	}
 }
 
-// Errors that pass are waited out, longer and longer, and told.
+// Errors that pass are waited out with growing pauses, and reported.
 func TestAcceptErrorsPass(t *testing.T) {
 	t.Parallel()
 	passing := []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ECONNABORTED, syscall.ECONNRESET,
@@ -257,7 +257,7 @@ func TestAcceptErrorsPass(t *testing.T) {
 		}
 		client.Close()
 
-		// A connection ends the series. Shutdown ends a pause.
+		// A connection resets the pause. Shutdown ends a pause.
 		f.accept <- syscall.EMFILE
 		began = time.Now()
 		f.accept <- syscall.EMFILE
@@ -305,8 +305,8 @@ func TestCloseInPause(t *testing.T) {
 	})
 }
 
-// A listener is closed once. Shutdown and Close tell of errors then, unless it
-// was closed by somebody else before.
+// A listener is closed once. Shutdown and Close return its error, unless other code
+// has closed the listener before.
 func TestListenerDoesNotClose(t *testing.T) {
 	t.Parallel()
 	srv := drain.Server{Handler: answer}
@@ -335,8 +335,8 @@ func TestListenerDoesNotClose(t *testing.T) {
 	}
 }
 
-// A library that is between two calls of Accept, and has no connection, has not
-// ended.
+// A library that is between two calls of Accept and has no connection has nothing
+// for which Shutdown waits.
 func TestBetweenConnections(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -37,9 +37,9 @@ import (
 var ErrServerClosed = errors.New("drain: server closed")
 
 const (
-	lastSecond  = time.Second           // from the end of Shutdown's ctx to the closing of what is left
-	readsEnding = 50 * time.Millisecond // in that second, how often reads are ended again
-	maxPause    = time.Second           // after errors of Accept that pass
+	lastSecond  = time.Second           // from the end of Shutdown's ctx until the remaining connections are closed
+	readsEnding = 50 * time.Millisecond // how often reads are ended in that second
+	maxPause    = time.Second           // the longest pause after errors of Accept that pass
 )
 
 // A Server serves the connections of its listeners. Its zero value is ready for
@@ -150,7 +150,7 @@ func (s *Server) Listener(ln net.Listener) net.Listener {
 }
 
 // Draining returns a channel that is closed when Shutdown or Close begins. A
-// Handler whose clients stay returns then, between two answers.
+// Handler whose clients stay connected should return then, between two answers.
 func (s *Server) Draining() <-chan struct{} {
 	s.lock()
 	defer s.mu.Unlock()
@@ -167,8 +167,8 @@ func (s *Server) Connections() int {
 }
 
 // Shutdown closes the listeners, and waits until all connections have ended. It
-// returns nil then, or the errors of closing the listeners. How long a listener
-// takes to close is its own matter, and not bounded by ctx.
+// returns nil then, or the errors of closing the listeners. ctx does not bound the
+// time that a listener takes to close.
 //
 // If ctx ends before the connections do, their reads fail from then on with
 // os.ErrDeadlineExceeded, also if a Handler sets later deadlines. Answers that
@@ -230,8 +230,8 @@ func (s *Server) Close() error {
 type ShutdownError struct {
 	Open      int   // connections at the end of ctx, whose reads were ended
 	Closed    int   // connections that were left a second later, and were closed
-	Accepting int   // calls of a listener's Accept that had not returned by then, although it was closed
-	Err       error // ctx's
+	Accepting int   // calls of Accept that had not returned by then, although their listener was closed
+	Err       error // the error of ctx
 }
 
 func (e *ShutdownError) Error() string {
@@ -266,7 +266,8 @@ func (s *Server) begin() error {
 	return errors.Join(errs...)
 }
 
-// settle notes the end if it has come. The caller holds s.mu.
+// settle closes s.ended if draining has begun and nothing is left. The caller
+// holds s.mu.
 func (s *Server) settle() {
 	if isClosed(s.draining) && s.accepting == 0 && len(s.conns) == 0 && !isClosed(s.ended) {
 		close(s.ended)
@@ -301,7 +302,8 @@ func (s *Server) closeConns() (closed, accepting int) {
 	s.mu.Unlock()
 	open := s.open()
 	for _, c := range open {
-		// The innermost, because closing a tls.Conn can wait 5 s for its peer.
+		// The innermost connection is closed, because closing a tls.Conn can wait
+		// 5 s for its peer.
 		nc := c.Conn
 		for {
 			outer, ok := nc.(interface{ NetConn() net.Conn })
@@ -315,12 +317,12 @@ func (s *Server) closeConns() (closed, accepting int) {
 	return len(open), accepting
 }
 
-// A listener accepts from the embedded one. Serve calls next; a library has the
-// listener itself.
+// A listener accepts from the embedded listener. Serve calls next. A library has
+// the listener itself.
 type listener struct {
 	net.Listener
 	s      *Server
-	shut   func() error  // closes the embedded one, once
+	shut   func() error  // closes the embedded listener, once
 	closed chan struct{} // closed by release
 }
 
@@ -341,8 +343,8 @@ func (s *Server) add(ln net.Listener) *listener {
 	return l
 }
 
-// next returns the next connection. Its error is ErrServerClosed while draining,
-// or else one of Accept that does not pass.
+// next returns the next connection. Its error is ErrServerClosed while draining.
+// Otherwise it is an error of Accept that does not pass.
 func (l *listener) next() (*conn, error) {
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, maxPause) {
 		if !l.s.enter() {
@@ -372,8 +374,8 @@ func (l *listener) next() (*conn, error) {
 	}
 }
 
-// enter counts an Accept call, unless draining has begun. Each call that it
-// allows is followed by one of leave.
+// enter counts an Accept call. It returns false if draining has begun. Otherwise
+// the caller must call leave after Accept.
 func (s *Server) enter() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -384,9 +386,9 @@ func (s *Server) enter() bool {
 	return true
 }
 
-// leave replaces a counted Accept call by the connection that it returned. It is
-// one step, so that Shutdown always sees one of the two. It returns nil if there
-// is nothing to serve.
+// leave replaces a counted Accept call by the connection that the call returned.
+// This is one step, so that Shutdown always sees one of the two. leave returns nil
+// if there is nothing to serve.
 func (s *Server) leave(nc net.Conn, err error) (c *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -399,14 +401,14 @@ func (s *Server) leave(nc net.Conn, err error) (c *conn) {
 	return c
 }
 
-// passes reports whether Accept may succeed after err: the system lacks
-// something, or a connection broke while it waited. See accept(2).
+// passes reports whether Accept may succeed after err. It does if the system lacks
+// something, or if a connection broke in the queue. See accept(2).
 func passes(err error) bool {
 	var t interface {
 		Temporary() bool
 		Timeout() bool
 	}
-	return errors.As(err, &t) && t.Temporary() && !t.Timeout() || // EMFILE, ENFILE, and what other listeners say
+	return errors.As(err, &t) && t.Temporary() && !t.Timeout() || // EMFILE, ENFILE, and errors of other listeners
 		slices.ContainsFunc(passing, func(e error) bool { return errors.Is(err, e) })
 }
 
@@ -446,16 +448,16 @@ func (l *listener) release() {
 	delete(l.s.listeners, l)
 }
 
-// A conn is a connection until its end. Libraries get it as it is, or within a
-// tcpConn or unixConn.
+// A conn is a connection that is counted until it ends. Libraries get the conn
+// itself, or a tcpConn or unixConn that wraps it.
 type conn struct {
 	net.Conn
 	s *Server
 }
 
-// end closes c, and then counts it no more.
+// end closes c, and then removes it from the count.
 func (c *conn) end() error {
-	err := c.Conn.Close() // for TLS ended within 5 s, or by closeConns
+	err := c.Conn.Close() // with TLS it may take 5 s, unless closeConns ends it
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
 	delete(c.s.conns, c)

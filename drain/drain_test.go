@@ -14,8 +14,8 @@ import (
 	"github.com/ecdysis-go/ecdysis/drain"
 )
 
-// A client that is there when Shutdown begins is served to its end, half-close
-// included, and nobody is accepted any more.
+// A client that is connected when Shutdown begins is served to its end, including
+// half-close. No more clients are accepted.
 func TestShutdown(t *testing.T) {
 	t.Parallel()
 	eachWay(t, func(t *testing.T, w way) {
@@ -140,8 +140,8 @@ func TestSeveralListeners(t *testing.T) {
 	}
 }
 
-// The handler gets what Accept has returned, and a library what it can take
-// that from.
+// The handler gets the connection that Accept has returned. A library gets a
+// connection from which it can reach that one.
 func TestConcreteType(t *testing.T) {
 	t.Parallel()
 	eachWay(t, func(t *testing.T, w way) {
@@ -184,7 +184,7 @@ func TestConcreteType(t *testing.T) {
 	})
 }
 
-// A recorder knows which connection it has returned last.
+// A recorder is a listener that records the connection that it has returned last.
 type recorder struct {
 	net.Listener
 	mu sync.Mutex
@@ -205,7 +205,7 @@ func (r *recorder) last() net.Conn {
 	return r.c
 }
 
-// A library gets connections of other types, too, and reaches what they are.
+// A library also gets connections of other types, and reaches the original.
 func TestOtherType(t *testing.T) {
 	t.Parallel()
 	var srv drain.Server
@@ -242,7 +242,7 @@ func TestNothingToWaitFor(t *testing.T) {
 	}
 }
 
-// Close ends all at once, and leaves waiting for handlers to Shutdown.
+// Close ends everything at once. Only Shutdown waits for the handlers.
 func TestClose(t *testing.T) {
 	t.Parallel()
 	eachWay(t, func(t *testing.T, w way) {
@@ -277,7 +277,7 @@ func TestClose(t *testing.T) {
 		if err := receive(t, result); !errors.Is(err, want) {
 			t.Errorf("accepting ends with %v; want %v", err, want)
 		}
-		if !w.library { // one that closes its clients itself has no handlers to wait for
+		if !w.library { // a library that closes its clients itself has no handlers to wait for
 			down := make(chan error, 1)
 			go func() { down <- srv.Shutdown(within(t)) }()
 			runtime.Gosched()
@@ -310,8 +310,8 @@ func TestNoHandler(t *testing.T) {
 	}
 }
 
-// The connection is closed when the handler returns, ends its goroutine, or has
-// closed it before.
+// The connection is closed when the handler returns or ends its goroutine. The
+// handler may have closed it before.
 func TestHandlerEnds(t *testing.T) {
 	t.Parallel()
 	for name, handler := range map[string]func(net.Conn){
@@ -338,7 +338,7 @@ func TestHandlerEnds(t *testing.T) {
 	}
 }
 
-// A library may close a connection again and again.
+// A library may close a connection several times.
 func TestCloseTwice(t *testing.T) {
 	t.Parallel()
 	for _, network := range []string{"tcp", "unix"} {

@@ -68,8 +68,8 @@ func mustDial(ln net.Listener) net.Conn {
 	return c
 }
 
-// A client that is connected when Shutdown begins is served until it has had
-// enough. Half-closing works, because the handler has a *net.TCPConn.
+// A client that is connected when Shutdown begins is served until it ends.
+// Half-closing works, because the handler has a *net.TCPConn.
 func ExampleServer_Shutdown() {
 	srv := &drain.Server{Handler: func(c net.Conn) {
 		all, _ := io.ReadAll(c) // until the client has ended its side
@@ -104,7 +104,7 @@ func ExampleShutdownError() {
 	srv := &drain.Server{Handler: func(c net.Conn) { _, _ = io.Copy(c, c) }}
 	ln := mustListen()
 	go srv.Serve(ln)
-	client := mustDial(ln) // which stays
+	client := mustDial(ln) // stays connected
 	defer client.Close()
 	for srv.Connections() == 0 {
 		time.Sleep(time.Millisecond)

@@ -41,7 +41,7 @@ func ended() context.Context {
 	return ctx
 }
 
-// receive returns what comes from c.
+// receive returns the next value from c.
 func receive[T any](t *testing.T, c <-chan T) T {
 	t.Helper()
 	select {
@@ -85,7 +85,7 @@ func dial(t *testing.T, addr net.Addr) net.Conn {
 	return c
 }
 
-// certificate returns a certificate for servers, and the pool by which clients
+// certificate returns a certificate for servers, and a pool that makes clients
 // trust it.
 var certificate = sync.OnceValues(func() (tls.Certificate, *x509.CertPool) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -121,11 +121,11 @@ func clientTLS() *tls.Config {
 	return &tls.Config{RootCAs: pool, ServerName: "test"}
 }
 
-// A halfCloser is what connections can do that say so.
+// A halfCloser is a connection that can be closed for writing.
 type halfCloser interface{ CloseWrite() error }
 
-// answer sends each line back. When its client has ended its side, it says how
-// many there were, and ends its own.
+// answer sends each line back. When the client has closed its side, answer sends
+// the number of lines and closes its own side.
 func answer(c net.Conn) {
 	lines := 0
 	for r := bufio.NewReader(c); ; lines++ {
@@ -144,7 +144,7 @@ func answer(c net.Conn) {
 	_ = c.(halfCloser).CloseWrite()
 }
 
-// say sends a line and wants it back.
+// say sends a line, and requires it to come back.
 func say(c net.Conn, line string) error {
 	if _, err := io.WriteString(c, line+"\n"); err != nil {
 		return err
@@ -159,7 +159,7 @@ func say(c net.Conn, line string) error {
 	return nil
 }
 
-// finish ends the client's side and wants the answer to lines lines.
+// finish closes the client's side, and requires the answer to this number of lines.
 func finish(c net.Conn, lines int) error {
 	if err := c.(halfCloser).CloseWrite(); err != nil {
 		return err
@@ -171,15 +171,15 @@ func finish(c net.Conn, lines int) error {
 	return nil
 }
 
-// serve starts Serve and returns where its result comes.
+// serve starts Serve and returns a channel for its result.
 func serve(srv *drain.Server, ln net.Listener) <-chan error {
 	result := make(chan error, 1)
 	go func() { result <- srv.Serve(ln) }()
 	return result
 }
 
-// library starts an accept loop as libraries have it, which is ended by any
-// error of Accept, and closes its clients then.
+// library starts an accept loop like those of libraries. Any error of Accept ends
+// the loop, which then closes its clients.
 func library(ln net.Listener, handler func(net.Conn)) <-chan error {
 	result := make(chan error, 1)
 	go func() {
@@ -220,7 +220,7 @@ type way struct {
 	library bool
 }
 
-// client returns what a client makes of its connection.
+// client wraps the client's end of a connection, for example in TLS.
 func (w way) client(c net.Conn) net.Conn {
 	if w.secure {
 		return secure(c)
@@ -263,8 +263,8 @@ var ways = []way{
 	{"library, TLS", "tcp", byLibraryTLS, true, true},
 }
 
-// inBubble runs test in a synctest bubble, by Serve and by a library. Its
-// listeners are fakes.
+// inBubble runs test in a synctest bubble, once with Serve and once with a library.
+// The listeners are fakes.
 func inBubble(t *testing.T, test func(t *testing.T, w way)) {
 	for _, w := range ways {
 		if w.network == "tcp" && !w.secure {
@@ -285,8 +285,8 @@ func eachWay(t *testing.T, test func(t *testing.T, w way)) {
 	}
 }
 
-// closed asserts what Serve or a library's loop ends with. That of a library
-// ends when the server is closed, and not before.
+// closed asserts the error with which Serve or a library's loop ends. A library's
+// loop ends when the server is closed, and not before.
 func (w way) closed(t *testing.T, srv *drain.Server, result <-chan error) {
 	t.Helper()
 	want := drain.ErrServerClosed
@@ -307,13 +307,13 @@ func (w way) closed(t *testing.T, srv *drain.Server, result <-chan error) {
 	}
 }
 
-// A fake is a listener under the control of a test: Accept returns what comes
-// from the channel.
+// A fake is a listener that a test controls. Accept returns what the test sends to
+// the channel.
 type fake struct {
 	accept chan any // a net.Conn or an error
 	closed chan struct{}
-	err    error // of Close
-	holds  bool  // Accept does not look at closed
+	err    error // the result of Close
+	holds  bool  // Close does not end Accept
 }
 
 func newFake() *fake { return &fake{accept: make(chan any), closed: make(chan struct{})} }
@@ -334,7 +334,7 @@ func (f *fake) Accept() (net.Conn, error) {
 	}
 }
 
-// Close may be called once, as that of many listeners.
+// Close may be called only once, as Close of many listeners.
 func (f *fake) Close() error {
 	close(f.closed)
 	return f.err

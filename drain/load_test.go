@@ -17,7 +17,7 @@ import (
 	"github.com/ecdysis-go/ecdysis/drain"
 )
 
-// share returns another listener for the socket of ln, as a successor has it.
+// share returns another listener for the socket of ln, as a successor has one.
 func share(t *testing.T, ln net.Listener) net.Listener {
 	t.Helper()
 	f, err := ln.(interface{ File() (*os.File, error) }).File()
@@ -36,7 +36,7 @@ func share(t *testing.T, ln net.Listener) net.Listener {
 type load struct {
 	clients sync.WaitGroup
 	stop    atomic.Bool
-	served  atomic.Int64 // clients, to their end
+	served  atomic.Int64 // clients that were served to their end
 
 	mu     sync.Mutex
 	failed []error
@@ -57,7 +57,7 @@ func (l *load) start(dial func() (net.Conn, error)) {
 	})
 }
 
-// session is one connection: a short one, one that begins late, or a long one.
+// session is one connection. It is short, begins late, or is long.
 func (l *load) session(dial func() (net.Conn, error), i int) error {
 	c, err := dial()
 	if err != nil {
@@ -174,7 +174,7 @@ func TestShutdownsUnderLoad(t *testing.T) {
 	})
 }
 
-// What ends its server by Close instead is noticed by these clients.
+// These clients notice a server that is ended by Close instead.
 func TestLoadNotices(t *testing.T) {
 	t.Parallel()
 	eachWay(t, func(t *testing.T, w way) {
@@ -207,13 +207,13 @@ func TestLoadNotices(t *testing.T) {
 			t.Error("nobody has noticed")
 		}
 		l.stop.Store(true)
-		root.Close() // whoever waits in its queue is reset
+		root.Close() // resets the clients in its queue
 		l.clients.Wait()
 	})
 }
 
-// A server that has ended leaves neither goroutine nor descriptor. Not parallel:
-// it counts those of the process.
+// A server that has ended leaves neither goroutine nor descriptor. The test is not
+// parallel because it counts those of the process.
 func TestLeavesNothing(t *testing.T) {
 	descriptors := func() int {
 		list, err := os.ReadDir("/dev/fd")
@@ -249,7 +249,7 @@ func TestLeavesNothing(t *testing.T) {
 		}
 		w.closed(t, &srv, result)
 	}
-	for _, w := range ways { // what the process has once
+	for _, w := range ways { // before counting, because some descriptors and goroutines are made only once
 		round(w, false)
 	}
 	goroutines, files := runtime.NumGoroutine(), descriptors()
@@ -269,7 +269,7 @@ func TestLeavesNothing(t *testing.T) {
 	}
 }
 
-// The hooks and methods may be used from everywhere at once, under -race.
+// The hooks and methods may be used by many goroutines at once. Run it with -race.
 func TestAllAtOnce(t *testing.T) {
 	t.Parallel()
 	for range 20 {

@@ -23,7 +23,7 @@ import (
 	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
-// What changes or ends a process is tested in processes of the test's own.
+// Tests that change or end a process start processes of their own.
 
 func TestMain(m *testing.M) { proctest.Main(m) }
 
@@ -43,9 +43,9 @@ func must(err error) {
 	}
 }
 
-// fewDescriptors serves clients, of which it has descriptors for a few. It says
-// where, when it has none left, and how many it has served, which it is asked for
-// by the end of its standard input.
+// fewDescriptors serves clients, and has descriptors for only a few. It prints its
+// address, prints when no descriptor is left, and at the end of its standard input
+// prints how many clients it has served.
 func fewDescriptors() error {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -91,8 +91,8 @@ func fewDescriptors() error {
 	return nil
 }
 
-// A server that runs out of descriptors serves the clients for which it has
-// some, and the others when these have gone.
+// A server that runs out of descriptors serves as many clients as it can, and the
+// others when these have gone.
 func TestNoDescriptorLeft(t *testing.T) {
 	t.Parallel()
 	const clients = 64
@@ -170,7 +170,7 @@ func panics() error {
 		return err
 	}
 	defer c.Close()
-	time.Sleep(patience) // or until the program ends
+	time.Sleep(patience) // the program ends before
 	return nil
 }
 
@@ -185,7 +185,7 @@ func TestPanic(t *testing.T) {
 	}
 }
 
-// runs starts a role by a path of the test's own, which it can remove.
+// runs starts a role by a path that the test can remove.
 func runs(t *testing.T, cmd *exec.Cmd) *proctest.Program {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "daemon")
@@ -196,8 +196,8 @@ func runs(t *testing.T, cmd *exec.Cmd) *proctest.Program {
 	return proctest.Run(t, cmd)
 }
 
-// stop tells a process to stop once it catches the signal, which is when it
-// acts on all of them: when it reports that it cannot be upgraded.
+// stop tells a process to stop, once it catches the signal. It acts on signals when
+// it reports that it cannot be upgraded.
 func stop(t *testing.T, p *proctest.Program, process *os.Process) {
 	t.Helper()
 	if err := os.Remove(p.Cmd.Path); err != nil {
@@ -216,7 +216,8 @@ func signal(t *testing.T, p *os.Process, s os.Signal) {
 	}
 }
 
-// upgrade replaces a process by one of this generation, and returns that.
+// upgrade replaces a process by its successor, which has this generation, and
+// returns the successor.
 func upgrade(t *testing.T, p *proctest.Program, process *os.Process, generation int) *os.Process {
 	t.Helper()
 	signal(t, process, syscall.SIGHUP)
@@ -225,8 +226,8 @@ func upgrade(t *testing.T, p *proctest.Program, process *os.Process, generation 
 	return next
 }
 
-// The package example, run as it stands: SIGHUP replaces it, SIGTERM stops it,
-// and clients are served to their end by the process that has them.
+// The package example runs unchanged. SIGHUP replaces it, SIGTERM stops it, and
+// clients are served to their end by the process that has them.
 func TestExample(t *testing.T) {
 	t.Parallel()
 	p := runs(t, exampleRole.Command())
@@ -257,8 +258,8 @@ func TestExample(t *testing.T) {
 	}
 }
 
-// daemon serves by one Server in all ways. It is replaced on SIGHUP and stopped
-// by SIGTERM. It ends its accept loops after its clients, and as its own doing.
+// daemon serves in all ways by one Server. SIGHUP replaces it and SIGTERM stops it.
+// Its accept loops must not end by themselves.
 func daemon() error {
 	u, err := ecdysis.New(ecdysis.Options{
 		UpgradeSignals: []os.Signal{syscall.SIGHUP},
@@ -286,7 +287,7 @@ func daemon() error {
 		return err
 	}
 	u.Wait()
-	time.Sleep(10 * time.Millisecond) // a program has other things to end first
+	time.Sleep(10 * time.Millisecond) // as if the program had other work to end first
 	for i, result := range results {
 		if len(result) > 0 {
 			log.Fatalf("%s: accepting has ended by itself: %v", ways[i].name, <-result)
@@ -308,8 +309,8 @@ func daemon() error {
 	return nil
 }
 
-// No client notices ten upgrades, half-closing included, and each process ends
-// when it has served its clients.
+// No client notices ten upgrades, also if it half-closes its connection. Each
+// process ends when it has served its clients.
 func TestUpgradesLoseNothing(t *testing.T) {
 	t.Parallel()
 	const upgrades = 10

@@ -14,8 +14,9 @@ import (
 	"github.com/ecdysis-go/ecdysis/drain"
 )
 
-// When its context ends, Shutdown ends reading, waits for one more second, and
-// closes the rest. The times are exact, as those of a bubble are.
+// When its context ends, Shutdown ends reads, waits for one more second, and closes
+// the connections that are left. The times are exact because the test runs in a
+// bubble.
 func TestReadsEnd(t *testing.T) {
 	t.Parallel()
 	inBubble(t, readsEnd)
@@ -56,7 +57,7 @@ func readsEnd(t *testing.T, w way) {
 		case "a": // answers while reads are ended
 			time.Sleep(10*time.Second + 900*time.Millisecond - passed())
 			_, err = io.WriteString(c, "answer")
-		case "w": // writes what nobody reads
+		case "w": // writes to a client that does not read
 			_, err = c.Write(kind)
 		case "s": // ignores all errors
 			<-stuck
@@ -150,7 +151,7 @@ func readsEnd(t *testing.T, w way) {
 	w.closed(t, &srv, result)
 }
 
-// With all reads ended in time nothing is closed, and Shutdown says so.
+// If all reads end in time, no connection is closed, and the error says so.
 func TestAllReadsEnd(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -175,11 +176,11 @@ func TestAllReadsEnd(t *testing.T) {
 	})
 }
 
-// Closing a TLS connection whose peer does not read takes 5 s, but for the
-// closing by Shutdown.
+// Closing a TLS connection whose peer does not read takes 5 s, unless Shutdown
+// closes it.
 func TestStuckTLS(t *testing.T) {
 	t.Parallel()
-	certificate() // not in the bubble, which must not wait for another's
+	certificate() // outside the bubble, which must not wait for another test's call
 	synctest.Test(t, func(t *testing.T) {
 		returned := false
 		srv := drain.Server{Handler: func(c net.Conn) {
