@@ -1,26 +1,28 @@
-// Echod sends back what its clients send, over TCP and over a Unix socket, and
-// can be replaced by a new version of itself without a client noticing.
+// Echod sends back what its clients send, over TCP and over a Unix socket. It can
+// be replaced by a new version of itself, and clients do not notice.
 //
-// It is meant to be copied: put your own protocol in the place of echo.
+// It is meant to be copied. Put your own protocol in the place of echo.
 //
 //	echod -tcp :7000 -unix /run/echod.sock -pidfile /run/echod.pid -control /run/echod
 //
-// SIGHUP starts the program anew, whatever file is in its place by then. The
-// running process hands over its listening sockets, serves the clients that
-// it has, for -drain at most, and exits. SIGTERM and SIGINT stop it the same
-// way, without a successor; a second one ends it at once. SIGUSR1 ends
-// accepting alone: the process exits when its clients have gone.
+// SIGHUP starts the program again, from the file that is at its path by then. The
+// running process hands over its listening sockets, serves its last clients for
+// -drain at most, and exits. SIGTERM and SIGINT stop it in the same way, without a
+// successor. A second signal ends it at once. SIGUSR1 ends accepting, and the
+// process exits when its clients have gone.
 //
-// With -control it can be told so by other programs, too, this one among them:
+// With -control other programs can request this, too. Echod itself can:
 //
 //	echod -control /run/echod -upgrade
 //	echod -control /run/echod -stop
 //
-// print how it went when it is done, and exit with status 0 or 1. An echod that
-// is started with the directory of one that runs takes everything over from
-// it: with other flags, from another unit or container. With -unit, which names
-// that unit, one that was taken over stays until it is told to stop, and does
-// not take back what it had when its supervisor restarts it.
+// Each command prints the result when it is known, and exits with status 0 or 1.
+//
+// An echod that is started with the -control directory of a running one takes
+// everything over from it. The new one may have other flags, and run in another
+// unit or container. The flag -unit names that unit. With it, a process that was
+// taken over stays until it is told to stop, and takes nothing back when its
+// supervisor restarts it.
 package main
 
 import (
@@ -40,18 +42,18 @@ import (
 )
 
 var (
-	tcpAddr  = flag.String("tcp", "127.0.0.1:7000", "TCP `address` to listen on; empty: none")
-	unixPath = flag.String("unix", "", "`path` of a Unix socket to listen on; empty: none")
-	pidFile  = flag.String("pidfile", "", "`path` of the PID file; empty: none")
-	control  = flag.String("control", "", "existing `directory` for the control sockets; empty: none")
+	tcpAddr  = flag.String("tcp", "127.0.0.1:7000", "TCP `address` to listen on; empty for none")
+	unixPath = flag.String("unix", "", "`path` of a Unix socket to listen on; empty for none")
+	pidFile  = flag.String("pidfile", "", "`path` of the PID file; empty for none")
+	control  = flag.String("control", "", "existing `directory` for the control sockets; empty for none")
 	limit    = flag.Duration("drain", 30*time.Second, "longest `time` to serve connected clients after the end of accepting")
 	timeout  = flag.Duration("timeout", ecdysis.DefaultUpgradeTimeout, "longest `time` that a new process may take to become ready")
-	standBy  = flag.Duration("probation", 0, "`time` for which the old process comes back if the new one ends")
+	standBy  = flag.Duration("probation", 0, "`time` in which the old process serves again if the new one ends")
 
-	unit = flag.String("unit", "", "`name` of the container, pod or unit that this process belongs to; empty: none")
+	unit = flag.String("unit", "", "`name` of the container, pod or unit that this process belongs to; empty for none")
 
 	askUpgrade = flag.Bool("upgrade", false, "make the process that runs with this -control upgrade itself, and exit")
-	askStop    = flag.Bool("stop", false, "make it stop, and exit")
+	askStop    = flag.Bool("stop", false, "make the process that runs with this -control stop, and exit")
 )
 
 func main() {
@@ -115,10 +117,10 @@ func run() error {
 		return err
 	}
 
-	// Whatever can fail comes before Ready. Until then an older process, if
-	// there is one, goes on serving; Fail makes it report the reason.
+	// All steps that can fail come before Ready. Until then the predecessor, if
+	// there is one, goes on serving. Fail makes it report the reason.
 	if flag.NArg() > 0 || *limit < 0 {
-		return u.Fail(errors.New("there are no arguments beside the flags, and -drain is not negative; see echod -h"))
+		return u.Fail(errors.New("want no arguments but flags, and a -drain that is not negative; see echod -h"))
 	}
 	var listeners []net.Listener
 	for _, a := range [][2]string{{"tcp", *tcpAddr}, {"unix", *unixPath}} {
@@ -148,7 +150,7 @@ func run() error {
 	defer cancel()
 	err = srv.Shutdown(ctx)
 	if err != nil {
-		log.Print(err) // how many clients did not end in time
+		log.Print(err) // says how many clients did not end in time
 	} else {
 		log.Print("all clients are served")
 	}

@@ -46,8 +46,8 @@ func start(t *testing.T, args ...string) *daemon {
 	return d
 }
 
-// launch is start for a test that has another process log to Stderr, and closes
-// it.
+// launch is start for a test that lets another process log to Stderr. The test has
+// to call CloseStderr.
 func launch(t *testing.T, args ...string) *daemon {
 	t.Helper()
 	dir := proctest.ShortDir(t)
@@ -82,8 +82,8 @@ func (d *daemon) stop(pid int) {
 	d.Await(`stopping by signal terminated: pid=` + strconv.Itoa(pid))
 }
 
-// waits returns when signals to stop are caught: once Upgrader.Wait runs. An
-// upgrade that fails for want of a program shows that it does.
+// waits returns when Upgrader.Wait runs, so that signals to stop are caught. It
+// sees this by an upgrade that fails because there is no program.
 func (d *daemon) waits(pid int) {
 	d.T.Helper()
 	if err := os.Remove(d.Cmd.Path); err != nil {
@@ -124,7 +124,7 @@ func (d *daemon) dial(network, address string) net.Conn {
 	return c
 }
 
-// echo sends text and wants it back.
+// echo sends text, and requires it to come back.
 func (d *daemon) echo(c net.Conn, text string) {
 	d.T.Helper()
 	if _, err := io.WriteString(c, text); err != nil {
@@ -171,7 +171,7 @@ func TestUpgradeAndStop(t *testing.T) {
 	}
 	d.serves()
 
-	// The old process has clients, and lives until they have gone.
+	// The old process has clients, and exits when they have gone.
 	for _, c := range held {
 		d.echo(c, "after\n")
 		c.Close()
@@ -192,7 +192,7 @@ func TestUpgradeAndStop(t *testing.T) {
 	d.leavesNothing()
 }
 
-// leavesNothing asserts that nobody listens any more, and that all files are
+// leavesNothing asserts that no process listens any more, and that all files are
 // gone.
 func (d *daemon) leavesNothing() {
 	d.T.Helper()
@@ -207,7 +207,7 @@ func (d *daemon) leavesNothing() {
 	}
 }
 
-// refuses asserts that nobody accepts.
+// refuses asserts that no process accepts.
 func (d *daemon) refuses() {
 	d.T.Helper()
 	for _, a := range [][2]string{{"tcp", d.tcp}, {"unix", d.unix}} {
@@ -218,8 +218,8 @@ func (d *daemon) refuses() {
 	}
 }
 
-// ask runs echod as a client of the control sockets, which must exit with this
-// status, and returns what it prints.
+// ask runs echod as a client of the control sockets. It asserts the exit status,
+// and returns what the client prints.
 func (d *daemon) ask(flag string, status int) string {
 	d.T.Helper()
 	cmd := exec.Command(d.Cmd.Path, "-control", d.control, flag)
@@ -234,7 +234,7 @@ func line(pid, generation int) string {
 	return fmt.Sprintf("ok pid=%d generation=%d\n", pid, generation)
 }
 
-// The flow of TestUpgradeAndStop, by the control sockets.
+// This is TestUpgradeAndStop by the control sockets.
 func TestUpgradeAndStopBySocket(t *testing.T) {
 	t.Parallel()
 	d := start(t)
@@ -255,7 +255,7 @@ func TestUpgradeAndStopBySocket(t *testing.T) {
 	held = d.dial("unix", d.unix)
 	d.echo(held, "before the stop\n")
 	done := make(chan struct{})
-	go func() { // it waits until the last client is served
+	go func() { // the request waits until the last client is served
 		defer close(done)
 		if got := d.ask("-stop", 0); got != line(second, 1) {
 			t.Errorf("echod -stop prints %q; want %q", got, line(second, 1))
@@ -278,7 +278,7 @@ func TestUpgradeAndStopBySocket(t *testing.T) {
 	}
 }
 
-// A partial stop ends accepting, and the process when its clients have gone.
+// A partial stop ends accepting. The process exits when its clients have gone.
 func TestPartialStop(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -320,7 +320,7 @@ func TestPartialStop(t *testing.T) {
 	}
 }
 
-// The line of a client says why an upgrade has failed.
+// The line that a client prints says why an upgrade has failed.
 func TestFailedUpgradeBySocket(t *testing.T) {
 	t.Parallel()
 	d := start(t)
@@ -344,8 +344,8 @@ func TestFailedUpgradeBySocket(t *testing.T) {
 	}
 }
 
-// Another echod, with other flags, takes the first one's place, and gives it
-// back within its probation if it ends.
+// Another echod with other flags takes over from the first one. If the second ends
+// within its probation, the first serves again.
 func TestTakeover(t *testing.T) {
 	t.Parallel()
 	d := launch(t, "-probation", "1m")
@@ -381,7 +381,7 @@ func TestTakeover(t *testing.T) {
 	d.leavesNothing()
 }
 
-// A client that stays does not keep the old process alive for ever.
+// A client that stays keeps the old process alive for no longer than -drain.
 func TestDrainIsBounded(t *testing.T) {
 	t.Parallel()
 	const bound = 300 * time.Millisecond
@@ -402,7 +402,7 @@ func TestDrainIsBounded(t *testing.T) {
 	if passed := time.Since(began); passed < bound {
 		t.Fatalf("an idle client was closed after %v; want %v or more", passed, bound)
 	}
-	if state := d.Wait(); !state.Success() { // although one is stuck
+	if state := d.Wait(); !state.Success() { // although one client is stuck
 		t.Fatalf("the old process: %v", state)
 	}
 	d.serves()
@@ -414,7 +414,7 @@ type zeros struct{}
 
 func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
 
-// Stopped by SIGTERM, echod exits with status 0.
+// Echod exits with status 0 after SIGTERM.
 func TestStop(t *testing.T) {
 	t.Parallel()
 	d := start(t)
@@ -432,7 +432,7 @@ func TestBadFlags(t *testing.T) {
 		want string
 	}{
 		{[]string{"-tcp", ""}, "neither -tcp nor -unix"},
-		{[]string{"extra"}, "no arguments beside the flags"},
+		{[]string{"extra"}, "no arguments but flags"},
 		{[]string{"-drain", "-1s"}, "not negative"},
 		{[]string{"-upgrade"}, "want -control"},
 		{[]string{"-upgrade", "-stop", "-control", "/tmp"}, "one of -upgrade and -stop"},

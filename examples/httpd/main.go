@@ -1,22 +1,24 @@
-// Httpd is a web server that can be replaced by a new version of itself without
-// a request being lost.
+// Httpd is a web server. It can be replaced by a new version of itself, and no
+// request is lost.
 //
-// It is meant to be copied: put your own handlers in the place of routes.
+// It is meant to be copied. Put your own handlers in the place of routes.
 //
 //	httpd -addr :8080 -pidfile /run/httpd.pid -control /run/httpd
 //	httpd -addr :8443 -cert cert.pem -key key.pem
 //
-// SIGHUP starts the program anew, whatever file is in its place by then. The
-// running process hands over its listening socket, sends the clients that it
-// has to the new one, each with the answer to its next request, and exits:
-// within -grace, if its clients are quiet, and in any case within -drain.
-// SIGTERM and SIGINT stop it the same way, without a successor; a second one
-// ends it at once. With -control other programs can ask for both, such as
+// SIGHUP starts the program again, from the file that is at its path by then. The
+// running process hands over its listening socket. With the answer to its next
+// request each client is told to connect again, and reaches the new process. The
+// old process exits after -grace if its clients are quiet, and within -drain in
+// any case. SIGTERM and SIGINT stop it in the same way, without a successor. A
+// second signal ends it at once.
+//
+// With -control other programs can request both, for example:
 //
 //	httpd -request /run/httpd/upgrade
 //	httpd -request /run/httpd/stop
 //
-// which print how it went when it is done, and exit with status 0 or 1.
+// Each command prints the result when it is known, and exits with status 0 or 1.
 package main
 
 import (
@@ -38,11 +40,11 @@ import (
 
 var (
 	addr    = flag.String("addr", "127.0.0.1:8080", "TCP `address` to listen on")
-	cert    = flag.String("cert", "", "`file` with the certificate; empty: no TLS")
-	key     = flag.String("key", "", "`file` with its key")
-	pidFile = flag.String("pidfile", "", "`path` of the PID file; empty: none")
-	control = flag.String("control", "", "existing `directory` for the control sockets upgrade and stop; empty: none")
-	request = flag.String("request", "", "`path` of such a socket, to ask the process that runs, and exit")
+	cert    = flag.String("cert", "", "`file` with the certificate; empty for no TLS")
+	key     = flag.String("key", "", "`file` with the certificate's key")
+	pidFile = flag.String("pidfile", "", "`path` of the PID file; empty for none")
+	control = flag.String("control", "", "existing `directory` for the control sockets upgrade and stop; empty for none")
+	request = flag.String("request", "", "`path` of a control socket; request what it is for from the running process, and exit")
 	grace   = flag.Duration("grace", httpdrain.DefaultGrace, "`time` that a quiet connection stays open after the end of accepting")
 	drain   = flag.Duration("drain", 30*time.Second, "longest `time` to serve connected clients after the end of accepting")
 )
@@ -78,10 +80,10 @@ func run() error {
 		return err
 	}
 
-	// Whatever can fail comes before Ready. Until then an older process, if
-	// there is one, goes on serving; Fail makes it report the reason.
+	// All steps that can fail come before Ready. Until then the predecessor, if
+	// there is one, goes on serving. Fail makes it report the reason.
 	if flag.NArg() > 0 || *grace <= 0 || *drain <= 0 {
-		return u.Fail(errors.New("there are no arguments beside the flags, and -grace and -drain are more than 0; see httpd -h"))
+		return u.Fail(errors.New("want no arguments but flags, and -grace and -drain above 0; see httpd -h"))
 	}
 	ln, err := u.Listen("tcp", *addr)
 	if err != nil {
@@ -129,7 +131,7 @@ func routes(mux *http.ServeMux, generation int, draining <-chan struct{}) {
 		fmt.Fprintf(w, "pid=%d generation=%d\n", os.Getpid(), generation)
 	})
 
-	// A stream ends when the process is to, and its client connects again.
+	// A stream ends when the server drains. Its client then connects again.
 	mux.HandleFunc("/events", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/event-stream")
 		tick := time.NewTicker(time.Second)

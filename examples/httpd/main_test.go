@@ -40,7 +40,7 @@ func build(t *testing.T) string {
 type daemon struct {
 	*proctest.Program
 	pidFile string
-	control string // where the control sockets are
+	control string // the directory of the control sockets
 	url     string
 }
 
@@ -65,8 +65,8 @@ func (d *daemon) signal(pid int, s syscall.Signal) {
 	}
 }
 
-// request asks at a control socket, as an operator does, and returns what is
-// printed and, unless it is 0, the exit status.
+// request runs httpd -request, as an operator does. It returns what the command
+// prints and, unless it is 0, the exit status.
 func (d *daemon) request(name string) string {
 	d.T.Helper()
 	out, err := exec.Command(d.Cmd.Path, "-request", filepath.Join(d.control, name)).CombinedOutput()
@@ -76,20 +76,20 @@ func (d *daemon) request(name string) string {
 	return string(out)
 }
 
-// answer is what is printed when all went well.
+// answer is what httpd -request prints after a success.
 func answer(pid, generation int) string {
 	return fmt.Sprintf("ok pid=%d generation=%d\n", pid, generation)
 }
 
-// ended returns when the process says that it has drained.
+// ended returns when the process has logged that it has drained.
 func (d *daemon) ended(pid int) {
 	d.T.Helper()
 	d.Await(`httpd\[` + strconv.Itoa(pid) + `\] (all clients are served)`)
 }
 
-// stop tells pid to end, and waits until all have. A signal to stop is caught
-// once Upgrader.Wait runs; an upgrade that fails for want of a program shows
-// that it does.
+// stop tells pid to end, and waits until all processes have ended. Signals to stop
+// are caught once Upgrader.Wait runs. stop sees this by an upgrade that fails
+// because there is no program.
 func (d *daemon) stop(pid int) {
 	d.T.Helper()
 	if err := os.Remove(d.Cmd.Path); err != nil {
@@ -115,7 +115,7 @@ func (d *daemon) leavesNothing(pid int) {
 	}
 }
 
-// client returns one with connections of its own.
+// client returns a client with connections of its own.
 func client(t *testing.T) *http.Client {
 	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true}
 	t.Cleanup(transport.CloseIdleConnections)
@@ -135,7 +135,7 @@ func ask(c *http.Client, url string) (string, error) {
 	return string(b), err
 }
 
-// wants asks for the front page and wants it from this process.
+// wants requests the front page, and requires the answer of this process.
 func (d *daemon) wants(c *http.Client, pid, generation int) {
 	d.T.Helper()
 	got, err := ask(c, d.url)
@@ -144,8 +144,8 @@ func (d *daemon) wants(c *http.Client, pid, generation int) {
 	}
 }
 
-// A client on a kept connection, and a stream of events, find their way to the
-// next process; nobody loses a request meanwhile.
+// A client on a kept connection and a stream of events reach the next process. No
+// request is lost meanwhile.
 func TestUpgradeAndStop(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct{ scheme, by string }{{"http", "signal"}, {"https", "signal"}, {"http", "socket"}} {
@@ -205,8 +205,8 @@ func TestUpgradeAndStop(t *testing.T) {
 				resp.Body.Close()
 				streaming.CloseIdleConnections()
 				if scheme == "http" {
-					d.wants(kept, pid, generation) // on its connection, for the last time
-				} else { // over HTTP/2 until it reads that it is to open no more streams
+					d.wants(kept, pid, generation) // the last answer on this connection
+				} else { // HTTP/2 requests go here until the client has read GOAWAY
 					page := func(pid, generation int) string { return fmt.Sprintf("pid=%d generation=%d\n", pid, generation) }
 					for got := ""; got != page(next, generation+1); {
 						if got, err = ask(kept, d.url); err != nil || got != page(pid, generation) && got != page(next, generation+1) {
@@ -242,7 +242,7 @@ func TestUpgradeAndStop(t *testing.T) {
 	}
 }
 
-// certificate returns the paths of one for 127.0.0.1 and of its key.
+// certificate returns the paths of a certificate for 127.0.0.1 and of its key.
 func certificate(t *testing.T) (cert, key string) {
 	t.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -267,8 +267,8 @@ func certificate(t *testing.T) (cert, key string) {
 	return cert, key
 }
 
-// A client that never lets go does not keep the old process for ever: it exits
-// with an error that says what was left.
+// A client that never closes its connection does not keep the old process for ever.
+// The process exits with an error that says what was left.
 func TestDrainIsBounded(t *testing.T) {
 	t.Parallel()
 	d := start(t, "http", "-grace", "1h", "-drain", "300ms")
@@ -288,9 +288,9 @@ func TestBadFlags(t *testing.T) {
 		args []string
 		want string
 	}{
-		{[]string{"extra"}, "no arguments beside the flags"},
-		{[]string{"-grace", "0s"}, "more than 0"},
-		{[]string{"-drain", "-1s"}, "more than 0"},
+		{[]string{"extra"}, "no arguments but flags"},
+		{[]string{"-grace", "0s"}, "above 0"},
+		{[]string{"-drain", "-1s"}, "above 0"},
 		{[]string{"-addr", "127.0.0.1:none"}, "127.0.0.1:none"},
 		{[]string{"-addr", "127.0.0.1:0", "-cert", "/nonexistent"}, "no such file"},
 	} {

@@ -28,7 +28,7 @@ import (
 func main() {
 	address := flag.String("tcp", ":7000", "TCP `address` to listen on")
 	pidFile := flag.String("pidfile", "/kept.pid", "`path` of the PID file")
-	takeover := flag.String("takeover", "", "`path` of the socket by which another process takes over; empty: none")
+	takeover := flag.String("takeover", "", "`path` of the socket by which another process takes over; empty for none")
 	limit := flag.Duration("drain", 30*time.Second, "longest `time` to serve connected clients after the end of accepting")
 	flag.Parse()
 	// A supervisor stops reading the log when the keeper has ended. Without this

@@ -36,8 +36,8 @@ func send(t *testing.T, p *proctest.Program, s os.Signal) {
 	}
 }
 
-// stop tells the keeper to stop once the generation that serves catches the
-// signal: when it reports that it cannot be upgraded.
+// stop tells the keeper to stop, once the generation that serves catches the
+// signal. stop sees this by the report that the generation cannot be upgraded.
 func stop(t *testing.T, p *proctest.Program) {
 	t.Helper()
 	if err := os.Rename(p.Cmd.Path, p.Cmd.Path+".away"); err != nil {
@@ -63,7 +63,7 @@ func dial(t *testing.T, addr string) net.Conn {
 	return c
 }
 
-// echo sends text and wants it back.
+// echo sends text, and requires it to come back.
 func echo(t *testing.T, c net.Conn, text string) {
 	t.Helper()
 	if _, err := io.WriteString(c, text); err != nil {
@@ -75,8 +75,7 @@ func echo(t *testing.T, c net.Conn, text string) {
 	}
 }
 
-// Clients that take their time are served to their end, by the generation that
-// has them.
+// Slow clients are served to their end by the generation that has them.
 func TestClientsAreServed(t *testing.T) {
 	t.Parallel()
 	p, addr := start(t)

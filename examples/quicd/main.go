@@ -1,11 +1,11 @@
-// Quicd sends back what its clients send over QUIC, and can be replaced by a new
-// version of itself without ending a connection.
+// Quicd sends back what its clients send over QUIC. It can be replaced by a new
+// version of itself, and no connection is ended.
 //
 //	quicd -listen 127.0.0.1:4433
 //
-// SIGHUP starts the program anew, whatever file is in its place by then. The
-// connections that are there stay with their process, which exits when they have
-// ended; new ones go to the new process. SIGTERM and SIGINT stop it.
+// SIGHUP starts the program again, from the file that is at its path by then.
+// Connections stay with their process, which exits when they have ended. New
+// connections go to the new process. SIGTERM and SIGINT stop it.
 package main
 
 import (
@@ -43,8 +43,9 @@ func main() {
 	}
 }
 
-// idLen is the length of this server's connection IDs, whose first byte is the
-// generation. A client finds a server by an ID of its own, of eight bytes or more.
+// idLen is the length of this server's connection IDs. Their first byte is the
+// generation. The ID with which a client first finds a server is the client's own,
+// and has eight bytes or more.
 const idLen = 7
 
 // flows says which process a packet is for (RFC 8999).
@@ -61,7 +62,7 @@ var flows = udpflow.Config{
 	Key: func(b []byte, _ netip.AddrPort) []byte { return longID(b) },
 }
 
-// longID returns the destination's connection ID in a long header; nil if there
+// longID returns the destination's connection ID in a long header, or nil if there
 // is none.
 func longID(b []byte) []byte {
 	if len(b) < 6 || b[0]&0x80 == 0 || len(b) < 6+int(b[5]) {
@@ -99,7 +100,8 @@ func (s *secrets) send(w io.Writer) (err error) {
 	return err
 }
 
-// inherit reads what the predecessor has sent; the first process makes it.
+// inherit reads the secrets that the predecessor has sent. The first process makes
+// them.
 func (s *secrets) inherit(u *ecdysis.Upgrader) error {
 	from := u.State()
 	if !u.HasParent() {
@@ -173,7 +175,7 @@ func serve() error {
 		return err
 	}
 	if e := u.Wait(); e.Kind == ecdysis.EventUpgraded {
-		conns.Wait() // new ones are the successor's
+		conns.Wait() // new connections are the successor's
 	}
 	return errors.Join(ln.Close(), tr.Close(), conn.Close())
 }

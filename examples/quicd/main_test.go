@@ -74,7 +74,7 @@ func TestUpgrade(t *testing.T) {
 	says2(s.Pid)
 	says(p.Pid)
 	_ = c.CloseWithError(0, "")
-	says2(s.Pid) // which has forwarded the end of the first one by then
+	says2(s.Pid) // the successor has forwarded the end of the first connection by then
 	_ = c2.CloseWithError(0, "")
 	if err := s.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
