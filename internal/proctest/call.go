@@ -92,7 +92,7 @@ func (c Call[A, R]) At(p *Proc, point Point) (R, error) {
 	return r, m.Err.error()
 }
 
-// ErrAt is At for who wants the error alone.
+// ErrAt is At without the result.
 func (c Call[A, R]) ErrAt(p *Proc, point Point) error {
 	p.T.Helper()
 	_, err := c.At(p, point)

@@ -14,8 +14,8 @@ import (
 	"github.com/ecdysis-go/ecdysis"
 )
 
-// A Chain is the processes of one test: a first one, its successors, and those
-// that take over.
+// A Chain has the processes of one test, which are a first process, its successors,
+// and processes that take over.
 type Chain struct {
 	T   testing.TB
 	Dir string // a directory whose path is short enough for sockets
@@ -26,8 +26,8 @@ type Chain struct {
 	mu      sync.Mutex
 	specs   []Spec
 	all     []*Proc
-	queue   []*Proc       // those that the test has not asked for
-	changed chan struct{} // closed, and replaced, when one joins the queue
+	queue   []*Proc       // processes that the test has not asked for yet
+	changed chan struct{} // closed, and replaced, when a process joins the queue
 }
 
 // ShortDir is a t.TempDir whose path leaves room for the names of sockets.
@@ -87,8 +87,8 @@ func New(t testing.TB, specs ...Spec) *Chain {
 	return c
 }
 
-// Start starts the first process of a new chain, and returns it when it
-// serves.
+// Start starts the first process of a new chain. It returns the process when the
+// process serves.
 func Start(t testing.TB, specs ...Spec) *Proc {
 	t.Helper()
 	return New(t, specs...).Start()
@@ -110,10 +110,10 @@ func (c *Chain) Hub() string { return filepath.Join(c.Dir, "hub") }
 // Path is the path of a file in the chain's directory.
 func (c *Chain) Path(name string) string { return filepath.Join(c.Dir, name) }
 
-// Env are the variables of a process that nobody of the chain starts.
+// Env has the variables of a process that is started by none of the chain.
 func (c *Chain) Env() []string { return []string{daemonRole.Env(), hubVar + "=" + c.Hub()} }
 
-// Start is Launch, and returns the process when it serves.
+// Start is Launch, but returns when the process serves.
 func (c *Chain) Start(edit ...func(*exec.Cmd)) *Proc {
 	c.T.Helper()
 	p := c.Launch(edit...)
@@ -121,8 +121,8 @@ func (c *Chain) Start(edit ...func(*exec.Cmd)) *Proc {
 	return p
 }
 
-// Launch starts a process that no other one has started, and returns it when
-// it has connected, before it does anything else.
+// Launch starts a process that has no predecessor. It returns when the process has
+// connected, before the process does anything else.
 func (c *Chain) Launch(edit ...func(*exec.Cmd)) *Proc {
 	c.T.Helper()
 	cmd := exec.Command(self(), noTests)
@@ -147,9 +147,9 @@ func As(r Role) func(*exec.Cmd) {
 	return func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, r.Env()) }
 }
 
-// HubAt says by which path a process that Launch starts finds the Hub, if it is
-// not that of the test, as in a container. The Dir of the process is the
-// directory of this path.
+// HubAt sets the path at which a process that Launch starts finds the Hub. It is
+// for a process that sees another path than the test, as in a container. The Dir of
+// the process is the directory of this path.
 func HubAt(path string) func(*exec.Cmd) {
 	return func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, hubVar+"="+path) }
 }
@@ -203,7 +203,7 @@ func (c *Chain) has(pid int) bool {
 	return slices.ContainsFunc(c.all, func(p *Proc) bool { return p.PID == pid || p.Process.Pid == pid })
 }
 
-// None fails the test if a process has connected that it has not asked for.
+// None fails the test if a process has connected for which the test has not asked.
 func (c *Chain) None() {
 	c.T.Helper()
 	c.mu.Lock()
@@ -263,7 +263,7 @@ func (c *Chain) serve(conn *conn) {
 	}
 	pid := h.PID
 	if cred, err := ecdysis.PeerCred(conn.Conn.(*net.UnixConn)); err == nil && cred.PID != 0 {
-		pid = cred.PID // h.PID is of the process's own PID namespace
+		pid = cred.PID // h.PID is the number in the process's own PID namespace
 	}
 	process, err := os.FindProcess(pid)
 	if err != nil {

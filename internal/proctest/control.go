@@ -15,9 +15,9 @@ import (
 	"github.com/ecdysis-go/ecdysis"
 )
 
-// Triggered is a daemon that waits for all that can tell it what to do: the
-// sockets $DIR/upgrade, $DIR/stop, $DIR/partial and $DIR/take, and SIGHUP,
-// SIGTERM and SIGUSR1 for an upgrade, a stop and a partial stop.
+// Triggered is a daemon with all triggers. They are the sockets $DIR/upgrade,
+// $DIR/stop, $DIR/partial and $DIR/take, and the signals SIGHUP, SIGTERM and
+// SIGUSR1 for an upgrade, a stop and a partial stop.
 var Triggered = Spec{
 	Listen: TCP.Listen,
 	Wait:   true,
@@ -37,8 +37,8 @@ func (p *Proc) Reply(generation int) ecdysis.Reply {
 	return ecdysis.Reply{PID: p.PID, Generation: generation}
 }
 
-// InWait returns when Upgrader.Wait runs in p and catches signals. Nothing but
-// its goroutine's stack tells that.
+// InWait returns when Upgrader.Wait runs in p and catches signals. Only the stack
+// of its goroutine shows this.
 func (p *Proc) InWait() { p.T.Helper(); callInWait.On(p) }
 
 var waits = regexp.MustCompile(`\[select[^\n]*\n[^\n]*\*Upgrader\)\.Wait\(`)
@@ -50,8 +50,9 @@ var callInWait = Define("in Wait", func(*Daemon, None) (None, error) {
 	return None{}, nil
 })
 
-// BeginRequest calls ecdysis.Request, which for a stop returns when the process
-// has exited. It returns a function that waits for what that returned.
+// BeginRequest calls ecdysis.Request on a goroutine of its own, because a request
+// for a stop returns when the process has exited. The function that it returns
+// waits for the results.
 func BeginRequest(t testing.TB, path string) (wait func() (ecdysis.Reply, error)) {
 	t.Helper()
 	type result struct {
@@ -68,7 +69,7 @@ func BeginRequest(t testing.TB, path string) (wait func() (ecdysis.Reply, error)
 	return func() (ecdysis.Reply, error) { r := <-ch; return r.reply, r.err }
 }
 
-// A Client is connected to a control socket, byte by byte.
+// A Client is a connection to a control socket, for tests of each byte.
 type Client struct {
 	net.Conn
 	T testing.TB

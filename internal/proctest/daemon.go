@@ -33,7 +33,7 @@ type Daemon struct {
 	once    sync.Map // keys of actions that are done
 	resumed chan struct{}
 
-	accepts sync.WaitGroup // what must end before the process does, clients aside
+	accepts sync.WaitGroup // accept loops and answers that must end before the process does
 	clients sync.WaitGroup
 
 	things sync.Map // see Set
@@ -42,7 +42,7 @@ type Daemon struct {
 	open    sync.Cond // holds > 0 or serves
 	holds   int
 	serves  bool
-	next    *Successor // what Prepare is to do
+	next    *Successor // what Prepare does in the next upgrade
 	sockets []socket
 }
 
@@ -51,9 +51,9 @@ type socket interface{ Close() error }
 
 var daemonRole = DefineRole("daemon", func() { join().run() })
 
-// Raw is a process that uses no ecdysis. Its Daemon has a Stream to the
-// predecessor, if it has one. It does what is planned AtStart, and takes calls
-// from then on.
+// Raw is a process that does not use ecdysis. Its Daemon has a Stream to the
+// predecessor, if there is one. It does what is planned AtStart, and takes calls
+// after that.
 var Raw = DefineRole("raw", func() {
 	d := join()
 	d.Stream = inheritedStream()
@@ -174,7 +174,7 @@ func (d *Daemon) wait() {
 	}
 }
 
-// prepare does what the test has said with the upgrade.
+// prepare changes the command as the test has asked for.
 func (d *Daemon) prepare(c *ecdysis.Command) error {
 	d.Command = c
 	d.Point(AtPrepare)
@@ -221,7 +221,7 @@ func (d *Daemon) hold() {
 	d.mu.Unlock()
 }
 
-// answer makes a call when this process takes them.
+// answer makes a call as soon as this process takes calls.
 func (d *Daemon) answer(c command) {
 	d.mu.Lock()
 	for d.holds == 0 && !d.serves {
@@ -229,7 +229,7 @@ func (d *Daemon) answer(c command) {
 	}
 	d.mu.Unlock()
 	if d.Spec.Wait && (c.Call == CallUpgrade.name || c.Call == CallStop.name) {
-		d.accepts.Add(1) // the call that ends this process is answered first
+		d.accepts.Add(1) // a call that ends this process is answered before
 		defer d.accepts.Done()
 	}
 	m := d.call(c.Call, c.Arg)
@@ -246,7 +246,7 @@ func (d *Daemon) call(name string, arg []byte) message {
 	return message{Result: b, Err: toWire(err)}
 }
 
-// Listen makes a socket, which is d's to close. Accept serves it.
+// Listen makes a socket, which d closes. Accept serves it.
 func (d *Daemon) Listen(l Listen) (s socket, err error) {
 	l.Address = expand(l.Address)
 	if strings.HasPrefix(l.Network, "udp") || l.Network == "unixgram" {
@@ -294,7 +294,7 @@ func Get[T any](d *Daemon, key string) T {
 	return v
 }
 
-// addrs tells the test the addresses.
+// addrs sends the addresses to the test.
 func (d *Daemon) addrs() {
 	d.mu.Lock()
 	defer d.mu.Unlock()

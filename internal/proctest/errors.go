@@ -13,8 +13,8 @@ import (
 	"github.com/ecdysis-go/ecdysis"
 )
 
-// known are the errors that keep their identity on the way from a daemon to
-// its test. Both are the same program, so that an index names one.
+// known has the errors that keep their identity on the way from a daemon to its
+// test. An index identifies an error, because both are the same program.
 var known = []error{
 	ecdysis.ErrNotReady, ecdysis.ErrInProgress, ecdysis.ErrUpgraded, ecdysis.ErrStopped,
 	ecdysis.ErrDraining, ecdysis.ErrRetired, ecdysis.ErrInit, ecdysis.ErrAborted,
@@ -23,14 +23,14 @@ var known = []error{
 	context.DeadlineExceeded, context.Canceled,
 }
 
-// KnownError lets errors.Is find err in the errors that daemons return. It is
-// for init functions and package variables.
+// KnownError makes errors.Is find err in the errors that daemons return. Call it in
+// init functions or for package variables.
 func KnownError(err error) error {
 	known = append(known, err)
 	return err
 }
 
-// A wireError is an error on its way.
+// A wireError is an error in the form in which it is sent.
 type wireError struct {
 	Text    string
 	Known   []int
@@ -123,8 +123,8 @@ func How(err error) string {
 	return ""
 }
 
-// A Failure is the error of a failed upgrade. Its text is the one that the
-// daemon's own error has.
+// A Failure is the error of a failed upgrade. Its text is that of the daemon's own
+// error.
 type Failure struct {
 	Step ecdysis.Step
 	PID  int
@@ -139,10 +139,9 @@ type Failure struct {
 func (f *Failure) Error() string { return f.Err.Error() }
 func (f *Failure) Unwrap() error { return f.Err }
 
-// WantFailure fails the test unless err is that of an upgrade that failed at
-// this step, and is target in the sense of errors.Is. An empty step is that of
-// an upgrade that was refused, so that there is no UpgradeError. A nil target
-// is not looked at.
+// WantFailure fails the test unless err is the error of an upgrade that failed at
+// this step, and errors.Is finds target in it. The step is empty for an upgrade that
+// was refused, because there is no UpgradeError then. A nil target is ignored.
 func WantFailure(t testing.TB, err error, step ecdysis.Step, target error) *Failure {
 	t.Helper()
 	if err == nil {
@@ -159,8 +158,8 @@ func WantFailure(t testing.TB, err error, step ecdysis.Step, target error) *Fail
 	return f
 }
 
-// Want fails the test unless err is target in the sense of errors.Is, and its
-// text has all of says in it. A nil target is not looked at.
+// Want fails the test unless errors.Is finds target in err, and err's text contains
+// each of says. A nil target is ignored.
 func Want(t testing.TB, err, target error, says ...string) {
 	t.Helper()
 	if err == nil || target != nil && !errors.Is(err, target) {

@@ -18,7 +18,7 @@ func (a Addr) String() string { return a.Network + " " + a.Address }
 
 func (a Addr) packets() bool { return strings.HasPrefix(a.Network, "udp") || a.Network == "unixgram" }
 
-// Dial connects. A Unix datagram socket is bound, so that it can be answered.
+// Dial connects. A Unix datagram socket is bound, so that it can get answers.
 func (a Addr) Dial() (net.Conn, error) {
 	if a.Network != "unixgram" {
 		return net.DialTimeout(a.Network, a.Address, Patience)
@@ -43,7 +43,7 @@ type unixgramConn struct {
 
 func (c unixgramConn) Close() error { return errors.Join(c.UnixConn.Close(), os.RemoveAll(c.dir)) }
 
-// Ask connects, sends a line or packet, and returns who answers.
+// Ask connects, sends a line or packet, and returns the process that answers.
 func (a Addr) Ask() (pid, generation int, err error) {
 	c, err := a.Dial()
 	if err != nil {
@@ -53,7 +53,7 @@ func (a Addr) Ask() (pid, generation int, err error) {
 	return Ask(c)
 }
 
-// Ask is Addr.Ask on a connection that is there.
+// Ask is Addr.Ask on an existing connection.
 func Ask(c net.Conn) (pid, generation int, err error) {
 	if err := c.SetDeadline(time.Now().Add(Patience)); err != nil {
 		return 0, 0, err
@@ -80,11 +80,11 @@ func refused(err error) bool {
 
 // Clients says how a Load's clients behave.
 type Clients struct {
-	N        int // for each address; 0 is 1
-	Requests int // on one connection, before the client closes it; 0 is 1
+	N        int // clients for each address; 0 means 1
+	Requests int // on one connection, before the client closes it; 0 means 1
 
-	// Resumes says that an older generation may serve again after a newer one
-	// has.
+	// Resumes says that an older generation may serve again after a newer one has
+	// served.
 	Resumes bool
 	// Killed says how many processes are killed. Each may take one connection
 	// of each client with it, but no client may be refused or left waiting.
@@ -118,7 +118,7 @@ func (p *Proc) Load(n int) *Load {
 	return StartLoad(p.T, Clients{N: n}, p.Addrs()...)
 }
 
-// StartLoad starts clients for each address, which end with the test.
+// StartLoad starts clients for each address. They end with the test.
 func StartLoad(t testing.TB, c Clients, addrs ...Addr) *Load {
 	t.Helper()
 	c.N, c.Requests = max(c.N, 1), max(c.Requests, 1)
@@ -175,7 +175,7 @@ func (l *Load) fail(a Addr, err error) {
 	l.failures = append(l.failures, fmt.Sprintf("%v: %v", a, err))
 }
 
-// lose counts a connection that was made and not served.
+// lose counts a connection that was accepted by the system and not served.
 func (l *Load) lose(a Addr, err error) {
 	if l.clients.Killed == 0 || errors.Is(err, os.ErrDeadlineExceeded) {
 		l.fail(a, err)
@@ -221,14 +221,14 @@ func (l *Load) More(n int) {
 	}
 }
 
-// Answered is how many requests were answered.
+// Answered returns the number of requests that were answered.
 func (l *Load) Answered() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return int(l.answered)
 }
 
-// Newest is the newest generation that has answered.
+// Newest returns the newest generation that has answered.
 func (l *Load) Newest() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()

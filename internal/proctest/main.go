@@ -31,8 +31,9 @@ func Main(m *testing.M) {
 		if _, ok := os.LookupEnv("GORACE"); !ok {
 			os.Setenv("GORACE", "atexit_sleep_ms=0")
 		}
-		// A test waits for its processes most of the time. The flag of the
-		// command line, if there is one, is parsed later.
+		// More tests than usual run in parallel, because a test waits for its
+		// processes most of the time. A flag on the command line is parsed later and
+		// replaces this.
 		if err := flag.Set("test.parallel", strconv.Itoa(max(8, 2*runtime.GOMAXPROCS(0)))); err != nil {
 			panic(err)
 		}
@@ -50,12 +51,12 @@ func Main(m *testing.M) {
 
 var roles = make(map[string]func())
 
-// A Role is what a process of the test binary can be.
+// A Role is a program that a process of the test binary can run.
 type Role struct{ name string }
 
-// DefineRole returns a role whose processes run f and exit with status 0 when
-// it returns. It is for package variables, because a process must know all
-// roles before Main runs.
+// DefineRole returns a role whose processes run f, and exit with status 0 when f
+// returns. It is for package variables, because a process must know all roles
+// before Main runs.
 func DefineRole(name string, f func()) Role {
 	if _, ok := roles[name]; ok {
 		panic("proctest: two roles are called " + name)
@@ -64,7 +65,7 @@ func DefineRole(name string, f func()) Role {
 	return Role{name}
 }
 
-// Env is the variable, as in os.Environ, by which a process has this role.
+// Env returns the variable that gives a process this role, as in os.Environ.
 func (r Role) Env() string { return roleVar + "=" + r.name }
 
 // Command returns the command that runs r. The role finds args in Args.
@@ -74,10 +75,10 @@ func (r Role) Command(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// Args are the arguments that a Role's Command was given.
+// Args returns the arguments of the Role's Command.
 func Args() []string { return os.Args[2:] }
 
-// noTests is the first argument of each process, so that one which has lost
+// noTests is the first argument of each process, so that a process which has lost
 // its environment runs no test.
 const noTests = "-test.run=^$"
 

@@ -21,7 +21,7 @@ import (
 // A Record is the fields, "key=value", of one record of a frame.
 type Record = []string
 
-// Frame encodes a frame of the protocol, as docs/protocol.md has it.
+// Frame encodes a frame of the protocol, which docs/protocol.md describes.
 func Frame(kind byte, records ...Record) []byte {
 	var b []byte
 	for _, r := range records {
@@ -60,7 +60,7 @@ func ReadFrame(r io.Reader) (kind byte, records []Record, err error) {
 	return h[0], records, nil
 }
 
-// ReadUntil reads frames to the first one of this kind, and returns its
+// ReadUntil reads frames up to the first one of this kind, and returns that frame's
 // records.
 func ReadUntil(r io.Reader, kind byte) ([]Record, error) {
 	for seen := ""; ; {
@@ -176,8 +176,8 @@ func (p *Peer) ReadUntil(kind byte) []Record {
 	return records
 }
 
-// Refused fails the test unless the next and last frame is a FAIL with this in
-// its reason.
+// Refused fails the test unless the next and last frame is a FAIL whose reason
+// contains this text.
 func (p *Peer) Refused(says string) {
 	p.T.Helper()
 	r := p.Expect('F')
@@ -199,7 +199,7 @@ func (p *Peer) HungUp() {
 // inheritedStream is a Raw process's stream to its predecessor.
 func inheritedStream() net.Conn {
 	if ecdysis.Successor() {
-		f := os.NewFile(3, "") // the package has taken the variable, and not opened the descriptor
+		f := os.NewFile(3, "") // package ecdysis has taken the variable, but has not opened the descriptor
 		c, err := net.FileConn(f)
 		if err != nil {
 			exit(err)
@@ -210,7 +210,7 @@ func inheritedStream() net.Conn {
 	return nil
 }
 
-// CallWrite lets a Raw process write to its Stream.
+// CallWrite makes a Raw process write to its Stream.
 var CallWrite = Define("write", func(d *Daemon, b []byte) (None, error) {
 	_, err := d.Stream.Write(b)
 	return None{}, err
@@ -224,13 +224,13 @@ var (
 	callReadUntil = Define("read until", func(d *Daemon, kind byte) ([]Record, error) { return ReadUntil(d.Stream, kind) })
 )
 
-// RawDial lets a Raw process connect to a takeover socket, which is its Stream
-// from then on.
+// RawDial makes a Raw process connect to a takeover socket. The connection is its
+// Stream from then on.
 func (p *Proc) RawDial(path string) { p.T.Helper(); callDial.On(p, path) }
 
-// RawWrite lets a Raw process write to its Stream.
+// RawWrite makes a Raw process write to its Stream.
 func (p *Proc) RawWrite(b []byte) error { p.T.Helper(); return CallWrite.Err(p, b) }
 
-// RawReadUntil lets a Raw process read frames from its Stream up to the first
-// one of this kind, and returns its records.
+// RawReadUntil makes a Raw process read frames from its Stream up to the first one
+// of this kind. It returns that frame's records.
 func (p *Proc) RawReadUntil(kind byte) []Record { p.T.Helper(); return callReadUntil.On(p, kind) }

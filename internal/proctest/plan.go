@@ -54,11 +54,11 @@ var (
 	Panic = Action{{Do: "panic"}}
 	// Kill kills the process by SIGKILL.
 	Kill = Action{{Do: "kill"}}
-	// Hang waits forever, and takes no calls for that.
+	// Hang waits forever, and takes no calls meanwhile.
 	Hang = Action{{Do: "hang"}}
-	// LeaveHelper starts a process that has a copy of each descriptor but the
-	// clients', the stream to the predecessor included, and lives as long as
-	// the test.
+	// LeaveHelper starts a process that lives as long as the test. It has a copy of
+	// each descriptor, also of the stream to the predecessor, but not of the
+	// clients' connections.
 	LeaveHelper = Action{{Do: "leave helper"}}
 )
 
@@ -76,12 +76,11 @@ func Seq(actions ...Action) (all Action) {
 	return all
 }
 
-// Once does what it is given the first time that the process comes to the
-// point.
+// Once does the action only the first time that the process comes to the point.
 func Once(actions ...Action) Action { return Action{{Do: "once", Then: Seq(actions...)}} }
 
-// Point tells the test that d has come to the point, and does what is planned
-// for it. Functions that tests define may have points of their own.
+// Point tells the test that d has come to the point, and does what is planned for
+// the point. Functions that tests define may have points of their own.
 func (d *Daemon) Point(p Point) { d.point(message{At: p}) }
 
 func (d *Daemon) point(m message) {
@@ -145,8 +144,8 @@ func leaveHelper() {
 	}
 }
 
-// isClient reports whether a descriptor is an accepted connection, whose end
-// the client must see.
+// isClient reports whether a descriptor is an accepted connection. No helper may
+// have it, because the client must see its end.
 func isClient(fd int) bool {
 	peer, err := syscall.Getpeername(fd)
 	if err != nil {

@@ -21,7 +21,7 @@ import (
 type Proc struct {
 	T       testing.TB
 	Chain   *Chain
-	PID     int         // by its own word; see Process if it has a PID namespace of its own
+	PID     int         // as the process itself sees it; see Process if it has a PID namespace of its own
 	Process *os.Process // for signals
 
 	conn   *conn
@@ -79,7 +79,7 @@ func (p *Proc) wait(what string, f func() bool) {
 		select {
 		case <-changed:
 		case <-gone:
-			gone = nil // look once more
+			gone = nil // call f once more
 		case <-limit:
 			p.T.Fatalf("process %d: no %s; %v", p.PID, what, p.history())
 		}
@@ -140,7 +140,7 @@ func (p *Proc) AtAgain(point Point, n int) {
 	p.atN(point, n)
 }
 
-// AtAny returns when p has come to one of the points, and says to which.
+// AtAny returns when p has come to one of the points. It returns that point.
 func (p *Proc) AtAny(points ...Point) Point {
 	p.T.Helper()
 	return p.message(fmt.Sprintf("point of %q", points), 0, func(m message) bool { return slices.Contains(points, m.At) && m.Call == "" }).At
@@ -165,7 +165,7 @@ func (p *Proc) Points() (list []Point) {
 	return list
 }
 
-// Resume lets p go on that holds, or that is about to.
+// Resume lets p go on, if p holds or is about to hold.
 func (p *Proc) Resume() {
 	p.T.Helper()
 	if err := p.conn.send(command{Resume: true}); err != nil {
@@ -185,7 +185,7 @@ func (p *Proc) EventWhere(what string, f func(ecdysis.Event) bool) ecdysis.Event
 	return *p.message("event "+what, 0, func(m message) bool { return isEvent(m) && f(*m.Event) }).Event
 }
 
-// WaitReturned returns what Upgrader.Wait has returned.
+// WaitReturned returns the result of Upgrader.Wait.
 func (p *Proc) WaitReturned() ecdysis.Event {
 	p.T.Helper()
 	return *p.atN(AtWaitReturned, 0).Event
@@ -236,12 +236,12 @@ func (p *Proc) begin(call string, arg []byte) chan message {
 	return answer
 }
 
-// A Successor says how the next process is started. What is zero stays as it
-// is.
+// A Successor says how the next process is started. A field that is zero changes
+// nothing.
 type Successor struct {
 	Path, Dir string
 	Args, Env []string // all of them
-	SetEnv    []string // added to the environment, in place of what has the same name
+	SetEnv    []string // added to the environment, in place of variables with the same names
 	Role      Role     // Raw, or one of the test's own
 	Sibling   bool
 	Veto      string // the text of Prepare's error
@@ -251,7 +251,7 @@ func (s Successor) zero() bool {
 	return s.Path == "" && s.Dir == "" && s.Args == nil && s.Env == nil && s.SetEnv == nil && s.Role.name == "" && !s.Sibling && s.Veto == ""
 }
 
-// GobEncode makes a Role travel.
+// GobEncode makes it possible to send a Role to a daemon.
 func (r Role) GobEncode() ([]byte, error) { return []byte(r.name), nil }
 
 // GobDecode is the reverse of GobEncode.
@@ -292,7 +292,7 @@ func (a *Attempt) Successor() *Proc {
 	return a.successor
 }
 
-// Err returns what Upgrade returned.
+// Err returns the result of Upgrade.
 func (a *Attempt) Err() error {
 	a.p.T.Helper()
 	return a.call.Err()
@@ -306,7 +306,7 @@ func (a *Attempt) OK() {
 	}
 }
 
-// Fails is WantFailure for what Upgrade returned.
+// Fails is WantFailure for the result of Upgrade.
 func (a *Attempt) Fails(step ecdysis.Step, target error) *Failure {
 	a.p.T.Helper()
 	f := WantFailure(a.p.T, a.Err(), step, target)
@@ -374,8 +374,8 @@ func (p *Proc) RefusesUpgrade(target error) {
 	p.FailUpgrade("", target)
 }
 
-// Prepare says how the successor of the next attempt is started, whatever
-// begins that attempt. In a takeover nothing but a Veto has an effect.
+// Prepare says how the successor of the next attempt is started, whatever triggers
+// that attempt. In a takeover only a Veto has an effect.
 func (p *Proc) Prepare(s Successor) {
 	p.T.Helper()
 	callPrepare.On(p, s)
@@ -409,7 +409,7 @@ func (p *Proc) Close(i int) error { p.T.Helper(); return CallClose.Err(p, i) }
 func (p *Proc) Accept() { p.T.Helper(); CallAccept.On(p) }
 
 // WaitForPredecessor calls WaitForParent, which fails with
-// context.DeadlineExceeded after limit; without one, after Patience.
+// context.DeadlineExceeded after limit, or after Patience if limit is 0.
 func (p *Proc) WaitForPredecessor(limit ...time.Duration) error {
 	p.T.Helper()
 	if len(limit) == 0 {
@@ -424,8 +424,7 @@ func (p *Proc) Exited() bool { p.T.Helper(); return callExited.On(p) }
 // AwaitExit returns when the channel Exit is closed.
 func (p *Proc) AwaitExit() { p.T.Helper(); callAwaitExit.On(p) }
 
-// FDs lists p's descriptors: a number, and what it is in the words of the
-// system.
+// FDs lists p's descriptors, each with its number and the system's description.
 func (p *Proc) FDs() []string { p.T.Helper(); return callFDs.On(p) }
 
 // Environ lists p's environment.
@@ -440,7 +439,7 @@ func (p *Proc) Getwd() (string, error) { p.T.Helper(); return callGetwd.Try(p) }
 // Chdir changes p's working directory.
 func (p *Proc) Chdir(dir string) error { p.T.Helper(); return callChdir.Err(p, dir) }
 
-// Run lets p run a program, and returns what that has written.
+// Run makes p run a program, and returns the program's output.
 func (p *Proc) Run(words ...string) (string, error) { p.T.Helper(); return callRun.Try(p, words) }
 
 // Generation returns p's generation.
@@ -449,7 +448,7 @@ func (p *Proc) Generation() int { p.T.Helper(); return callGeneration.On(p).Numb
 // HasPredecessor reports whether p has inherited from another process.
 func (p *Proc) HasPredecessor() bool { p.T.Helper(); return callGeneration.On(p).HasPredecessor }
 
-// Exit lets p exit with this status when its clients have gone, and returns as
+// Exit makes p exit with this status when its clients have gone. It returns when
 // Closed does.
 func (p *Proc) Exit(status int) {
 	p.T.Helper()
@@ -465,7 +464,7 @@ func (p *Proc) Signal(s os.Signal) {
 	}
 }
 
-// Kill kills p and returns as Closed does.
+// Kill kills p. It returns when Closed does.
 func (p *Proc) Kill() {
 	p.T.Helper()
 	if err := p.Process.Kill(); err != nil {
@@ -474,8 +473,8 @@ func (p *Proc) Kill() {
 	p.Closed()
 }
 
-// Ended returns when p has ended, or is about to: its connection to the test is
-// closed. See Closed.
+// Ended returns when p's connection to the test is closed, so that p has ended or
+// is about to end. See Closed.
 func (p *Proc) Ended() {
 	p.T.Helper()
 	select {
@@ -495,8 +494,8 @@ func (p *Proc) Living() bool {
 	}
 }
 
-// ExitStatus returns how p ended, which Launch must have started, as
-// os.ProcessState.String says it.
+// ExitStatus returns how p ended, in the words of os.ProcessState.String. Launch
+// must have started p.
 func (p *Proc) ExitStatus() string {
 	p.T.Helper()
 	p.Ended()
@@ -517,9 +516,8 @@ func (p *Proc) Addrs() (list []Addr) {
 // Addr is the address of p's i-th socket.
 func (p *Proc) Addr(i int) Addr { p.T.Helper(); return p.Addrs()[i] }
 
-// Inodes are those of p's sockets, by which a test can tell whether two
-// processes have the same ones. A process that was replaced has closed its
-// listeners.
+// Inodes returns the inodes of p's sockets. They show whether two processes have the
+// same sockets. A process that was replaced has closed its listeners.
 func (p *Proc) Inodes() []uint64 { p.T.Helper(); return callInodes.On(p) }
 
 // Inherits fails the test unless p listens where the older process does.
@@ -546,8 +544,8 @@ func (p *Proc) ServesAt(a Addr) {
 	}
 }
 
-// Dial connects to p's i-th address, and fails the test unless it is p that
-// answers. The connection is closed with the test.
+// Dial connects to p's i-th address, and fails the test unless p answers. The
+// connection is closed at the end of the test.
 func (p *Proc) Dial(i int) net.Conn {
 	p.T.Helper()
 	c, err := p.Addr(i).Dial()
@@ -559,7 +557,7 @@ func (p *Proc) Dial(i int) net.Conn {
 	return c
 }
 
-// Answers fails the test unless it is p that answers on the connection.
+// Answers fails the test unless p answers on the connection.
 func (p *Proc) Answers(c net.Conn) {
 	p.T.Helper()
 	if pid, _, err := Ask(c); err != nil || pid != p.PID {
@@ -568,7 +566,7 @@ func (p *Proc) Answers(c net.Conn) {
 }
 
 // Refuses fails the test if a process of the chain, or one that does not answer,
-// takes connections at p's addresses.
+// accepts connections at p's addresses.
 func (p *Proc) Refuses() {
 	p.T.Helper()
 	for _, a := range p.Addrs() {
@@ -600,7 +598,7 @@ func (p *Proc) HasPIDFile() {
 	}
 }
 
-// HasFailed waits for the upgrade that has failed with s as the successor.
+// HasFailed waits until p has reported the failed upgrade whose successor was s.
 func (p *Proc) HasFailed(s *Proc) ecdysis.Event {
 	p.T.Helper()
 	return p.EventWhere("of a failed upgrade", func(e ecdysis.Event) bool {

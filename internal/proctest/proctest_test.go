@@ -21,7 +21,7 @@ import (
 
 func TestMain(m *testing.M) { proctest.Main(m) }
 
-// fails is given what kind of error is wanted.
+// fails returns an error of the kind that its argument names.
 var fails = proctest.Define("fails", func(_ *proctest.Daemon, how string) (string, error) {
 	switch how {
 	case "sentinel":
@@ -127,7 +127,7 @@ func TestFrames(t *testing.T) {
 	}
 }
 
-// A recorder is a test whose failures are wanted.
+// A recorder is a test that is expected to fail.
 type recorder struct {
 	testing.TB
 	errors []string
@@ -139,7 +139,7 @@ func (r *recorder) Errorf(format string, args ...any) {
 	r.errors = append(r.errors, fmt.Sprintf(format, args...))
 }
 
-// A Load notices what clients must not see.
+// A Load notices everything that clients must not see.
 func TestLoadNotices(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

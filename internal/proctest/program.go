@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// A Program is a command and all that it starts, such as its successors. They
-// share one standard error, whose lines tell the test what they do.
+// A Program is a command and all processes that it starts, such as its successors.
+// They share one standard error, whose lines show the test what they do.
 type Program struct {
 	T   testing.TB
 	Cmd *exec.Cmd
@@ -28,8 +28,8 @@ type Program struct {
 	state *os.ProcessState
 }
 
-// Run starts cmd in a process group of its own. What is left of the group is
-// killed at the end of the test.
+// Run starts cmd in a process group of its own. Processes of the group that are left
+// at the end of the test are killed.
 func Run(t testing.TB, cmd *exec.Cmd) *Program {
 	t.Helper()
 	p := Open(t, cmd)
@@ -78,7 +78,7 @@ func Open(t testing.TB, cmd *exec.Cmd) *Program {
 				if !ok {
 					return
 				}
-			default: // one lives, so that the group's number is not free
+			default: // a process lives, so the group's number cannot be another group's
 				_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 				for range p.lines {
 				}
@@ -89,15 +89,14 @@ func Open(t testing.TB, cmd *exec.Cmd) *Program {
 	return p
 }
 
-// Stderr is what a further process of an Open program gets as its standard
-// error.
+// Stderr returns the standard error for further processes of an Open program.
 func (p *Program) Stderr() *os.File { return p.pipe }
 
 // CloseStderr closes the test's copy of Stderr.
 func (p *Program) CloseStderr() { p.pipe.Close() }
 
-// Await returns the next line that matches, and what it has in its
-// parentheses, as regexp.FindStringSubmatch does. Lines before it are lost.
+// Await returns the next line that matches, and its submatches, as
+// regexp.FindStringSubmatch does. Earlier lines are dropped.
 func (p *Program) Await(pattern string) []string {
 	p.T.Helper()
 	re := regexp.MustCompile(pattern)
@@ -139,8 +138,7 @@ func (p *Program) Said() []string {
 	return slices.Clone(p.said)
 }
 
-// End returns when all processes have ended, and returns how the first one
-// did.
+// End waits until all processes have ended. It returns the state of the first one.
 func (p *Program) End() *os.ProcessState {
 	p.T.Helper()
 	limit := time.After(2 * Patience)
@@ -157,7 +155,7 @@ func (p *Program) End() *os.ProcessState {
 	}
 }
 
-// Wait returns when the first process has ended, and returns how it did.
+// Wait waits until the first process has ended, and returns its state.
 func (p *Program) Wait() *os.ProcessState {
 	p.once.Do(func() {
 		_ = p.Cmd.Wait()

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// SkipOn skips the test on the systems that GOOS calls so. The reason is what
-// is different there.
+// SkipOn skips the test on the systems with these values of GOOS. The reason says
+// what is different there.
 func SkipOn(t testing.TB, reason string, systems ...string) {
 	t.Helper()
 	if slices.Contains(systems, runtime.GOOS) {
@@ -16,8 +16,8 @@ func SkipOn(t testing.TB, reason string, systems ...string) {
 	}
 }
 
-// OnlyOn skips the test on all other systems. The reason is what only these
-// have.
+// OnlyOn skips the test on all other systems. The reason says what only these
+// systems have.
 func OnlyOn(t testing.TB, reason string, systems ...string) {
 	t.Helper()
 	if !slices.Contains(systems, runtime.GOOS) {

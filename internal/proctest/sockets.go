@@ -11,11 +11,11 @@ import (
 	"github.com/ecdysis-go/ecdysis"
 )
 
-// Both ends of a connection, for tests in one process.
+// This file has both ends of a connection, for tests in one process.
 
-// AcceptSeqpacket returns both ends of a connection of packets: the one that
-// Ours has accepted, and the client's, which is bound to local if that is not
-// empty. It skips the test where the system has no such sockets.
+// AcceptSeqpacket returns both ends of a connection of packets. The first is the end
+// that Ours has accepted. The second is the client's end, which is bound to local if
+// that is not empty. It skips the test on systems without such sockets.
 func AcceptSeqpacket(t testing.TB, local string) (*ecdysis.SeqpacketConn, *net.UnixConn) {
 	t.Helper()
 	SkipOn(t, "it has no SOCK_SEQPACKET", "darwin")
@@ -41,8 +41,8 @@ func AcceptSeqpacket(t testing.TB, local string) (*ecdysis.SeqpacketConn, *net.U
 	return c, far
 }
 
-// SeqpacketPair is AcceptSeqpacket with a client's end that is the package's,
-// too: it goes in by AddConn and comes back by Conn.
+// SeqpacketPair is AcceptSeqpacket, but the client's end is also a SeqpacketConn of
+// package ecdysis. It is added by AddConn and returned by Conn.
 func SeqpacketPair(t testing.TB) (near, far *ecdysis.SeqpacketConn) {
 	t.Helper()
 	u := Ours(t)
@@ -64,8 +64,8 @@ func SeqpacketPair(t testing.TB) (near, far *ecdysis.SeqpacketConn) {
 	return near, far
 }
 
-// SocketPair returns a pair of Unix sockets of this type, as net has them. They
-// are closed with the test.
+// SocketPair returns a pair of Unix sockets of this type, as connections of package
+// net. They are closed at the end of the test.
 func SocketPair(t testing.TB, typ int) (a, b *net.UnixConn) {
 	t.Helper()
 	a, b, err := NewSocketPair(typ)

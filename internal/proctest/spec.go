@@ -13,11 +13,11 @@ import (
 	"github.com/ecdysis-go/ecdysis"
 )
 
-// A Spec says what a daemon is. In addresses, and in the paths of Options,
-// $DIR is the chain's directory.
+// A Spec describes a daemon. In addresses, and in the paths of Options, $DIR stands
+// for the chain's directory.
 type Spec struct {
-	// Options are those of ecdysis.New. The hooks must be nil, because the
-	// daemon has its own; a plan changes what they do.
+	// Options are those of ecdysis.New. The hooks must be nil, because the daemon
+	// has its own. A plan changes what they do.
 	Options ecdysis.Options
 	Listen  []Listen
 	Plan    map[Point]Action
@@ -27,8 +27,8 @@ type Spec struct {
 	Wait       bool // call Upgrader.Wait, and exit when all clients are served
 }
 
-// A Listen is a socket of a daemon: a listener, or a socket for packets if the
-// network is one of UDP or unixgram.
+// A Listen describes a socket of a daemon. It is a socket for packets if the network
+// is one of UDP or unixgram, and a listener otherwise.
 type Listen struct {
 	Network, Address string
 	Config           ecdysis.ListenConfig // without Control
@@ -44,8 +44,8 @@ var Both = Spec{
 	Options: ecdysis.Options{PIDFile: "$DIR/pid"},
 }
 
-// Holding is a daemon that accepts nothing and holds at AtNew, where the test
-// calls what takes and adds things.
+// Holding is a daemon that accepts nothing and holds at AtNew, so that the test can
+// make calls that claim and add things.
 var Holding = Spec{NoAccept: true}.Hold(AtNew)
 
 // At returns s with these actions, one after the other, planned for the point.
@@ -84,7 +84,7 @@ func (s Spec) UpgradeTimeout(d time.Duration) Spec {
 	return s
 }
 
-// check panics if there is something in s that cannot be sent to a process.
+// check panics if s has a value that cannot be sent to a process.
 func (s Spec) check() {
 	mustBeData(reflect.ValueOf(s.Options))
 	for _, l := range s.Listen {

@@ -9,13 +9,13 @@ import (
 	"time"
 )
 
-// What the system says about processes: /proc on Linux, ps(1) elsewhere.
+// This file asks the system about processes, by /proc on Linux and ps(1) elsewhere.
 
 // A process is one of the system's processes.
 type process struct {
 	pid, parent int
 	state       string // its first letter, as ps(1) shows it
-	threads     int    // 1 where the system does not tell; of a zombie the others may still run
+	threads     int    // 1 if the system does not tell; other threads of a zombie may still run
 }
 
 // State is the state of a process as ps(1) shows it, such as "S" or "Z", or ""
@@ -26,15 +26,15 @@ func State(t testing.TB, pid int) string {
 	return p.state
 }
 
-// IsZombie reports whether a process has ended with all of its threads, and its
-// parent has not noticed.
+// IsZombie reports whether a process has ended with all of its threads and was not
+// reaped.
 func IsZombie(pid int) bool {
 	p, ok := look(pid)
 	return ok && p.state == "Z" && p.threads == 1
 }
 
-// ChildrenOf lists a process's children, with their states. Those that have
-// ended and were not reaped are among them.
+// ChildrenOf lists a process's children with their states, including those that
+// have ended and were not reaped.
 func ChildrenOf(t testing.TB, pid int) (list []string) {
 	t.Helper()
 	all, err := processes()
@@ -59,11 +59,11 @@ func ParentOf(t testing.TB, pid int) int {
 	return p.parent
 }
 
-// OpenFDs lists the descriptors of this process: a number, and what it is in
-// the words of the system.
+// OpenFDs lists the descriptors of this process, each with its number and the
+// system's description.
 func OpenFDs() []string { return openFDs() }
 
-// Reaped fails the test unless nothing is left of p.
+// Reaped fails the test unless p has ended and was reaped.
 func (p *Proc) Reaped() {
 	p.T.Helper()
 	if s := State(p.T, p.Process.Pid); s != "" {
@@ -71,8 +71,8 @@ func (p *Proc) Reaped() {
 	}
 }
 
-// Zombie returns when p has ended with all of its threads. Its parent must not
-// have noticed.
+// Zombie returns when p has ended with all of its threads. Its parent must not have
+// reaped it.
 func (p *Proc) Zombie() {
 	p.T.Helper()
 	p.until("a zombie", func() bool { return IsZombie(p.Process.Pid) })
@@ -89,7 +89,7 @@ func (p *Proc) Closed() {
 	})
 }
 
-// until looks again and again, because the system tells of no such event.
+// until polls, because the system reports no event.
 func (p *Proc) until(what string, f func() bool) {
 	p.T.Helper()
 	for end := time.Now().Add(Patience); !f(); time.Sleep(time.Millisecond) {
@@ -108,17 +108,18 @@ func (p *Proc) Parent() int { p.T.Helper(); return ParentOf(p.T, p.Process.Pid) 
 // Goroutines counts p's goroutines.
 func (p *Proc) Goroutines() int { p.T.Helper(); return callGoroutines.On(p) }
 
-// Keeps returns a function that fails the test unless p has the descriptors
-// that it has now, and no more children and goroutines. It waits for goroutines
-// alone, which may be about to end, so that descriptors which are left to the
-// garbage collector are noticed. p must have no clients; see KeepsWithClients.
+// Keeps returns a function that fails the test unless p has the descriptors that it
+// has now, and no more children and goroutines. It waits only for goroutines, which
+// may be about to end. So it notices descriptors that are left to the garbage
+// collector. p must have no clients; see KeepsWithClients.
 func (p *Proc) Keeps() (check func()) {
 	p.T.Helper()
 	return p.keeps(slices.Equal)
 }
 
-// KeepsWithClients is Keeps for a process whose clients, which have gone at the
-// time of the check, may be about to be noticed: it waits for sockets, too.
+// KeepsWithClients is Keeps for a process with clients. They must have gone at the
+// time of the check. It also waits for sockets, because p may be about to notice
+// that.
 func (p *Proc) KeepsWithClients() (check func()) {
 	p.T.Helper()
 	return p.keeps(func(a, b []string) bool { return slices.Equal(noSockets(a), noSockets(b)) })
@@ -146,8 +147,9 @@ func (p *Proc) keeps(atOnce func(now, before []string) bool) (check func()) {
 	}
 }
 
-// KeepsFiles returns a function that fails the test unless p has, sockets aside,
-// the descriptors that it has now. It waits for nothing, and p may serve clients.
+// KeepsFiles returns a function that fails the test unless p has the descriptors
+// that it has now, without regard to sockets. It does not wait, and p may serve
+// clients.
 func (p *Proc) KeepsFiles() (check func()) {
 	p.T.Helper()
 	before := noSockets(p.FDs())
@@ -159,7 +161,8 @@ func (p *Proc) KeepsFiles() (check func()) {
 	}
 }
 
-// noSockets removes what openFDs calls a socket, on Linux or elsewhere.
+// noSockets removes the descriptors that openFDs describes as sockets, on any
+// system.
 func noSockets(fds []string) []string {
 	return slices.DeleteFunc(slices.Clone(fds), func(s string) bool {
 		return strings.Contains(s, " socket:") || strings.Contains(s, " mode 14")

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// look returns what the system says about a process, if it is there.
+// look returns the system's data about a process, if there is such a process.
 func look(pid int) (process, bool) {
 	// ps fails if there is no such process.
 	list, err := ps("-p", fmt.Sprint(pid))

@@ -9,13 +9,13 @@ import (
 	"strings"
 )
 
-// look returns what the system says about a process, if it is there.
+// look returns the system's data about a process, if there is such a process.
 func look(pid int) (process, bool) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return process{}, false
 	}
-	// "pid (name) state ppid …", and the name may hold anything.
+	// The line is "pid (name) state ppid …", and the name may have any bytes.
 	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
 	parent, _ := strconv.Atoi(f[1])
 	threads, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))

@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// rootVar lets a program that is owned by root and has the setuid bit become
-// root altogether, so that the user who has started it cannot kill it.
+// rootVar makes a program that is owned by root and has the setuid bit become root
+// entirely, so that the user who has started it cannot kill it.
 const rootVar = "ECDYSIS_PROCTEST_ROOT"
 
 func becomeRoot() {
@@ -20,8 +20,9 @@ func becomeRoot() {
 	}
 }
 
-// Users lets processes of other users into the chain, and returns what lets
-// Launch start one. It skips the test unless the test runs as root.
+// Users lets processes of other users join the chain. It returns the options with
+// which Launch starts such a process. It skips the test unless the test runs as
+// root.
 func (c *Chain) Users() (as func(uid int) func(*exec.Cmd)) {
 	c.T.Helper()
 	if os.Getuid() != 0 {
@@ -41,8 +42,8 @@ func (c *Chain) Users() (as func(uid int) func(*exec.Cmd)) {
 	}
 }
 
-// program copies this program to where every user finds it. Another process
-// writes it, so that no concurrent fork of this one has it open for writing
+// program copies this program to a path that every user can reach. Another process
+// writes the copy, so that no concurrent fork of this one has it open for writing
 // when it is started.
 func (c *Chain) program(mode os.FileMode) string {
 	c.T.Helper()
@@ -63,9 +64,9 @@ func (c *Chain) program(mode os.FileMode) string {
 // nobody is a role that ends at once.
 var nobody = DefineRole("nobody", func() {})
 
-// Unkillable starts a first process that is not root, and returns it with what
-// starts a successor that is, so that p may not kill it. It skips the test
-// where that is not possible.
+// Unkillable starts a first process p that is not root. It also returns how to start
+// a successor that is root, so that p may not kill it. It skips the test if that is
+// not possible.
 func Unkillable(t testing.TB, specs ...Spec) (p *Proc, root Successor) {
 	t.Helper()
 	c := New(t, specs...)

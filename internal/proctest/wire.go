@@ -12,16 +12,16 @@ import (
 
 // Between a test and its processes, values of these types travel as gobs.
 
-// A hello is the first that a process sends.
+// A hello is the first value that a process sends.
 type hello struct {
 	PID    int
 	Helper bool // it gets no spec and takes no calls
 }
 
-// A message is what a process sends from then on.
+// A message is a value that a process sends after its hello.
 type message struct {
-	At     Point // it has come to the point; of a call's answer, the call was planned for it
-	ID     int   // of the command that this answers
+	At     Point // the point to which the process has come, or for which an answered call was planned
+	ID     int   // of the command that this message answers
 	Call   string
 	Err    *wireError
 	Result []byte

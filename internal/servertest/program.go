@@ -2,8 +2,8 @@
 // and notices each request that is lost or processed twice. It is for the
 // servers of others' libraries, each in a program and a module of its own.
 //
-// The program is a function that Run calls, and the test binary is that program
-// when Main finds that it is to be it:
+// The server is a function that Run calls. Main makes the test binary run it, when a
+// test has started the binary as a server:
 //
 //	func main() { servertest.Run(serve) }
 //
@@ -39,10 +39,10 @@ const (
 	fault     = "fault"     // what the next process does
 )
 
-// What a process does that finds it in the file fault.
+// What a process does if it finds the word in the file fault.
 const (
-	exits    = "exit"      // before it is ready
-	standsBy = "probation" // for its successor, until that ends
+	exits    = "exit"      // exit before it is ready
+	standsBy = "probation" // stand by after its own upgrade, until the successor ends
 )
 
 var (
@@ -61,9 +61,8 @@ func Main(m *testing.M, main func()) {
 // stops on SIGTERM, and ends accepting on SIGUSR1. It exits with status 1 if
 // serve returns an error.
 //
-// As a successor on probation that is sent SIGUSR1, serve ends its clients
-// well and exits without a word to its predecessor, which takes the service
-// back.
+// When a successor on probation gets SIGUSR1, serve ends its clients well. The
+// process exits without a message to its predecessor, which takes the service back.
 func Run(serve func(u *ecdysis.Upgrader) error) {
 	log.SetPrefix(fmt.Sprintf("[%d] ", os.Getpid()))
 	log.SetFlags(log.Lmicroseconds | log.Lmsgprefix)
@@ -91,7 +90,7 @@ func Run(serve func(u *ecdysis.Upgrader) error) {
 
 func path(name string) string { return filepath.Join(os.Getenv(dirVar), name) }
 
-// nextFault returns what this process is to do, which the next one is not.
+// nextFault returns the fault for this process, and removes it from the directory.
 func nextFault() string {
 	b, err := os.ReadFile(path(fault))
 	if err != nil {
@@ -105,8 +104,8 @@ func nextFault() string {
 // addresses, in the order in which the test has them.
 func Listening(a net.Addr) { log.Print("listening at ", a) }
 
-// Processed notes that this process has processed a client's request. A server
-// calls it once for each.
+// Processed records that this process has processed a client's request. A server
+// calls it once for each request.
 func Processed(token string) {
 	f, err := os.OpenFile(path(processed), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {

@@ -16,7 +16,7 @@ import (
 // A Server is a program and its successors, as the test sees them.
 type Server struct {
 	T     testing.TB
-	Addrs []string // as the first process has told them by Listening
+	Addrs []string // the addresses that the first process has passed to Listening
 
 	dir        string
 	p          *proctest.Program
@@ -31,7 +31,7 @@ type Server struct {
 	ended bool
 }
 
-// A kind is clients that do the same.
+// A kind is a group of clients that do the same.
 type kind struct {
 	name     string
 	answered int
@@ -53,7 +53,7 @@ func Start(t testing.TB, n int) *Server {
 	return s
 }
 
-// A Client is one that uses the server until the test is over.
+// A Client uses the server until the test is over.
 type Client struct {
 	s *Server
 	k *kind
@@ -81,7 +81,7 @@ func (s *Server) Clients(name string, n int, f func(c *Client) error) {
 	}
 }
 
-// Over reports whether the client is to end.
+// Over reports whether the client must end.
 func (c *Client) Over() bool {
 	select {
 	case <-c.s.stop:
@@ -91,8 +91,8 @@ func (c *Client) Over() bool {
 	}
 }
 
-// Token returns a new token, which is to be in one request. The server must
-// pass it to Processed.
+// Token returns a new token for one request. The server must pass the token to
+// Processed.
 func (c *Client) Token() string {
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
@@ -101,7 +101,7 @@ func (c *Client) Token() string {
 	return token
 }
 
-// Answered notes that the request with this token was answered.
+// Answered records that the request with this token was answered.
 func (c *Client) Answered() {
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
@@ -195,8 +195,7 @@ func (s *Server) Upgrades() {
 	s.End()
 }
 
-// Failures ends the clients and returns how many requests of each kind have
-// failed.
+// Failures ends the clients and returns the number of failed requests of each kind.
 func (s *Server) Failures() map[string]int {
 	s.end()
 	n := map[string]int{}

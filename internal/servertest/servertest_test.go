@@ -17,8 +17,8 @@ import (
 
 func TestMain(m *testing.M) { Main(m, func() { Run(serve) }) }
 
-// serve answers lines with themselves, as a server is to. Lines that begin with
-// a word of bad are treated as that says.
+// serve sends each line back, as a good server does. A line that begins with a word
+// of bad is treated as the word says.
 func serve(u *ecdysis.Upgrader) error {
 	ln, err := u.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -95,7 +95,7 @@ func TestUpgrades(t *testing.T) {
 	s.Upgrades()
 }
 
-// A recorder is a test that fails, which is what is tested here.
+// A recorder is a test that is expected to fail.
 type recorder struct {
 	testing.TB
 	failed []string
