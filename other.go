@@ -21,12 +21,12 @@ import (
 	"time"
 )
 
-// The package on systems that are not Unix, where a process can hand nothing
-// on: each process is the first one of a chain, serves, and stops. Upgrade
-// fails. The exported declarations are those of the other files, and the
-// comments here say what differs.
+// This file is the package on systems other than Unix, where a process cannot hand
+// anything on. Each process is the first one of a chain, serves, and stops. Upgrade
+// fails. The exported declarations are those of the other files, and the comments
+// here say what differs.
 
-// errOther is the reason of what these systems cannot do.
+// errOther is the reason why a call fails on these systems.
 var errOther = fmt.Errorf("this system cannot hand a process's sockets on: %w", errors.ErrUnsupported)
 
 // Upgrader is as on Unix. See Upgrade for what differs.
@@ -35,11 +35,11 @@ type Upgrader struct {
 	upgrades, stops, partialStops chan os.Signal
 	ready, exit, ended            chan struct{}
 
-	mu          sync.Mutex // guards what follows, and is held over no hook
+	mu          sync.Mutex // guards the fields below, and is not held over a hook
 	phase       phase
-	pending     EventKind // a stop that came while Ready ran; "" if none did
-	cause       os.Signal // of that stop
-	last        Event     // what Wait returns
+	pending     EventKind // a stop that came while Ready ran, or ""
+	cause       os.Signal // the signal of the pending stop, or nil
+	last        Event     // the result of Wait
 	sockets     []*gate
 	acceptError time.Time // of the last EventAcceptError
 }
@@ -57,9 +57,9 @@ const (
 // process is the Upgrader of this process.
 var process atomic.Pointer[Upgrader]
 
-// New returns this process's Upgrader, of which there is at most one. There are
-// no control sockets: an option that names one is an error that wraps
-// errors.ErrUnsupported.
+// New returns this process's Upgrader. A process can have one. An option that names
+// a control socket is an error that wraps errors.ErrUnsupported, because there are
+// no control sockets on these systems.
 func New(opts Options) (*Upgrader, error) {
 	opts, err := opts.check()
 	if err != nil {
@@ -103,7 +103,7 @@ func (u *Upgrader) Generation() int { return 0 }
 // Exit is as on Unix: the channel is closed when this process has been stopped.
 func (u *Upgrader) Exit() <-chan struct{} { return u.exit }
 
-// WaitForParent returns nil, since there is none.
+// WaitForParent returns nil, because there is no predecessor.
 func (u *Upgrader) WaitForParent(context.Context) error { return nil }
 
 // Fail returns reason.
@@ -212,7 +212,7 @@ func (u *Upgrader) stop(kind EventKind, cause os.Signal) {
 	case p == stopped || p == partial && kind == EventPartialStop:
 		u.mu.Unlock()
 		return
-	case p == readying: // which ends by it
+	case p == readying: // Ready carries the stop out before it returns
 		if u.pending != EventStopping {
 			u.pending, u.cause = kind, cause
 		}
@@ -283,8 +283,8 @@ func (u *Upgrader) catchStops() {
 	}
 }
 
-// Wait is as on Unix, save that one of Options.UpgradeSignals is reported as an
-// upgrade that has failed.
+// Wait is as on Unix, but it reports each of Options.UpgradeSignals as an upgrade
+// that has failed.
 func (u *Upgrader) Wait() Event {
 	u.catchStops()
 	for {
@@ -311,7 +311,8 @@ func (u *Upgrader) notify(e Event) {
 	}
 }
 
-// notifyAcceptError tells of the first such error, and then of one a minute.
+// notifyAcceptError reports the first error of Accept, and then at most one a
+// minute.
 func (u *Upgrader) notifyAcceptError(err error) {
 	u.mu.Lock()
 	due := time.Since(u.acceptError) >= time.Minute
@@ -324,12 +325,12 @@ func (u *Upgrader) notifyAcceptError(err error) {
 	}
 }
 
-// What is handed on elsewhere.
+// Calls for things that are handed on elsewhere.
 
-// AddConn does nothing, since there is no successor.
+// AddConn does nothing, because there is no successor.
 func (u *Upgrader) AddConn(string, net.Conn) error { return nil }
 
-// AddFile does nothing, since there is no successor.
+// AddFile does nothing, because there is no successor.
 func (u *Upgrader) AddFile(string, *os.File) error { return nil }
 
 // FileNames returns nil.
@@ -383,7 +384,7 @@ func Request(_ context.Context, path string) (Reply, error) {
 
 // A Cred is as on Unix.
 type Cred struct {
-	PID int // 0: the system does not tell, or the process is not visible from here
+	PID int // 0 if the system does not tell, or the process is not visible from here
 	UID int // the effective user ID
 }
 
@@ -420,19 +421,19 @@ type ListenConfig struct {
 	Raw        bool
 }
 
-// A gate holds calls that take what clients send until Ready has succeeded, and
-// after a stop until the caller ends them.
+// A gate holds the calls that receive from clients, until Ready has succeeded. After
+// a stop it holds them until the caller ends them.
 type gate struct {
 	u    *Upgrader
 	keep bool                    // ListenConfig.KeepOnStop
 	shut func()                  // ends the calls that wait in the system
 	set  func(t time.Time) error // sets the deadline of the calls
 
-	mu       sync.Mutex
-	deadline time.Time     // the caller's
-	closed   bool          // by the caller
-	over     bool          // by a stop
-	changed  chan struct{} // closed on the next change of these
+	mu       sync.Mutex    // guards the fields below
+	deadline time.Time     // the caller's deadline
+	closed   bool          // the caller has closed the socket
+	over     bool          // a stop has ended the socket
+	changed  chan struct{} // closed on the next change of the other fields
 }
 
 // register makes g one of u's sockets.
@@ -453,14 +454,14 @@ func newGate(u *Upgrader, keep bool) *gate {
 	return &gate{u: u, keep: keep, changed: make(chan struct{})}
 }
 
-// change makes those that wait look again. g.mu is held.
+// change wakes the calls in wait. g.mu is held.
 func (g *gate) change() {
 	close(g.changed)
 	g.changed = make(chan struct{})
 }
 
-// pass makes a call when it may be made. Of its errors those that a stop has
-// caused are not returned.
+// pass waits until f may run, and calls it. It does not return an error that a stop
+// has caused, but waits again.
 func (g *gate) pass(f func() error) error {
 	for {
 		if err := g.wait(); err != nil {
@@ -476,6 +477,8 @@ func (g *gate) pass(f func() error) error {
 	}
 }
 
+// wait returns nil when a call may begin. It returns an error if the caller has
+// closed the socket or its deadline has passed.
 func (g *gate) wait() error {
 	for {
 		g.mu.Lock()
@@ -523,7 +526,7 @@ func (g *gate) setDeadline(t time.Time) error {
 	return g.set(t)
 }
 
-// end is what a stop does.
+// end ends the socket because of a stop.
 func (g *gate) end() {
 	g.mu.Lock()
 	g.over = true
@@ -532,8 +535,8 @@ func (g *gate) end() {
 	g.shut()
 }
 
-// close is the caller's. It reports whether it is the first, and whether a stop
-// has come before it.
+// close records that the caller has closed the socket. It reports whether this is
+// the first call, and whether a stop has ended the socket before.
 func (g *gate) close() (first, over bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -547,8 +550,8 @@ func (u *Upgrader) Listen(network, address string) (net.Listener, error) {
 	return u.ListenWith(ListenConfig{}, network, address)
 }
 
-// ListenWith is net.ListenConfig.Listen, save that Accept is as on Unix. The
-// network is "tcp", "tcp4", "tcp6" or "unix".
+// ListenWith is net.ListenConfig.Listen, but Accept is as on Unix. The network is
+// "tcp", "tcp4", "tcp6" or "unix".
 func (u *Upgrader) ListenWith(lc ListenConfig, network, address string) (net.Listener, error) {
 	fail := func(err error) (net.Listener, error) { return nil, fmt.Errorf("ecdysis: %w", err) }
 	if lc.ReusePort || lc.Raw || network == "unixpacket" {
@@ -633,8 +636,7 @@ func (u *Upgrader) ListenPacket(network, address string) (net.PacketConn, error)
 	return u.ListenPacketWith(ListenConfig{}, network, address)
 }
 
-// ListenPacketWith is net.ListenConfig.ListenPacket, save that reading is as on
-// Unix.
+// ListenPacketWith is net.ListenConfig.ListenPacket, but reads are as on Unix.
 func (u *Upgrader) ListenPacketWith(lc ListenConfig, network, address string) (net.PacketConn, error) {
 	fail := func(err error) (net.PacketConn, error) { return nil, fmt.Errorf("ecdysis: %w", err) }
 	if lc.ReusePort {
@@ -680,7 +682,7 @@ type packetConn struct {
 
 func (p *packetConn) read(f func() error) error {
 	err := p.pass(f)
-	if err == net.ErrClosed || err == os.ErrDeadlineExceeded { // the gate's own
+	if err == net.ErrClosed || err == os.ErrDeadlineExceeded { // an error of the gate itself
 		err = p.opError("read", err)
 	}
 	return err
@@ -708,7 +710,7 @@ func (p *packetConn) setBothDeadlines(t time.Time) error {
 
 func (p *packetConn) closeAll() error {
 	p.close()
-	return p.c.Close() // which has the error of a second call
+	return p.c.Close() // returns the error of a second call
 }
 
 func (p *packetConn) readOnly(b []byte) (n int, err error) {
@@ -735,7 +737,7 @@ func (r packetRaw) Read(f func(fd uintptr) bool) error {
 	return r.p.read(func() error { return r.RawConn.Read(f) })
 }
 
-// A UDPConn is a *net.UDPConn whose reading waits until Ready has succeeded.
+// A UDPConn is a *net.UDPConn whose reads wait until Ready has succeeded.
 type UDPConn struct {
 	*net.UDPConn
 	p *packetConn
@@ -783,8 +785,7 @@ func (c *UDPConn) SyscallConn() (syscall.RawConn, error) { return c.p.raw() }
 // Close is as on Unix.
 func (c *UDPConn) Close() error { return c.p.closeAll() }
 
-// A UnixgramConn is a *net.UnixConn whose reading waits until Ready has
-// succeeded.
+// A UnixgramConn is a *net.UnixConn whose reads wait until Ready has succeeded.
 type UnixgramConn struct {
 	*net.UnixConn
 	p *packetConn
@@ -826,7 +827,7 @@ func (u *Upgrader) ListenSeqpacket(path string) (*SeqpacketListener, error) {
 	return nil, err
 }
 
-// A SeqpacketListener is as on Unix. There is none here.
+// A SeqpacketListener is as on Unix. These systems have none.
 type SeqpacketListener struct{ l *listener }
 
 // Accept is as on Unix.
@@ -849,7 +850,7 @@ func (l *SeqpacketListener) SyscallConn() (syscall.RawConn, error) { return l.l.
 // Close is as on Unix.
 func (l *SeqpacketListener) Close() error { return l.l.Close() }
 
-// A SeqpacketConn is as on Unix. There is none here.
+// A SeqpacketConn is as on Unix. These systems have none.
 type SeqpacketConn struct{ c *net.UnixConn }
 
 // Recv is as on Unix.

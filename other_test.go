@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// fresh returns an Upgrader, of which a process has but one.
+// fresh returns a new Upgrader, although a process can have only one.
 func fresh(t *testing.T, opts Options) *Upgrader {
 	t.Helper()
 	process.Store(nil)
@@ -202,7 +202,7 @@ func TestOtherUnsupported(t *testing.T) {
 	if _, err := New(Options{UpgradeSocket: "control"}); !errors.Is(err, errors.ErrUnsupported) {
 		t.Errorf("New with a control socket: %v; want errors.ErrUnsupported", err)
 	}
-	u := fresh(t, Options{}) // a call that has failed may be repeated
+	u := fresh(t, Options{}) // after an error the call may be made again
 	for name, f := range map[string]func() error{
 		"ListenSeqpacket": func() error { _, err := u.ListenSeqpacket("s"); return err },
 		"DatagramPair":    func() error { _, _, err := u.DatagramPair("p"); return err },
