@@ -4,7 +4,7 @@
 //
 //	srv := &drain.Server{Handler: serve} // func serve(c net.Conn)
 //	go srv.Serve(ln)
-//	u.Wait() // until this process has been replaced or is to stop
+//	u.Wait() // until this process is replaced or stopped
 //	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 //	defer cancel()
 //	err := srv.Shutdown(ctx)
@@ -99,9 +99,9 @@ func (s *Server) lock() {
 }
 
 // Serve accepts connections from ln and calls Handler for each. It never returns
-// nil: it returns ErrServerClosed after Shutdown or Close, or else the error of
-// Accept as it is. Connections that it has accepted are served on, and the
-// caller still has to call Shutdown and wait for it.
+// nil. After Shutdown or Close it returns ErrServerClosed, and otherwise the
+// unchanged error of Accept. Connections that it has accepted are served further,
+// and the caller still has to call Shutdown and wait for it.
 //
 // Serve owns ln, and has closed it when it returns. It may be called for several
 // listeners. For TLS, ln is the result of tls.NewListener.

@@ -546,7 +546,8 @@ func TestHandlersDeadline(t *testing.T) {
 	}
 }
 
-// The answer to a request whose body nobody reads arrives before the close.
+// The answer to a request arrives before the close, even if the handler does not
+// read the body.
 func TestUnreadBody(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, long, &http.Server{Handler: ok}, nil)
@@ -1002,7 +1003,7 @@ func TestNewTooLate(t *testing.T) {
 	}
 }
 
-// A listener that nobody serves is no mistake, and is closed.
+// A listener without a call of Serve is not a mistake. Shutdown closes it.
 func TestUnserved(t *testing.T) {
 	t.Parallel()
 	d := httpdrain.New(&http.Server{Handler: ok})

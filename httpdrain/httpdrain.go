@@ -9,7 +9,7 @@
 //	srv := &http.Server{Handler: mux}
 //	d := httpdrain.New(srv)
 //	go srv.Serve(d.Listener(ln))
-//	… // until this process has been replaced or is to stop
+//	… // until this process is replaced or stopped
 //	err := d.Shutdown(ctx)
 //
 // From the start of Shutdown on, every answer says "Connection: close". The
@@ -174,9 +174,9 @@ func (d *Drainer) Draining() <-chan struct{} { return d.draining }
 
 // Shutdown closes the listeners, and lets each connected client go on to the
 // next process. It returns when no connection is left and no handler runs. That
-// takes as long as the running handlers take, Grace if a connection is quiet,
-// and two or three seconds if an HTTP/2 client does not close its connection by
-// itself. Shutdown calls srv.Shutdown.
+// takes as long as the running handlers take, and Grace if a connection is quiet.
+// It takes two or three seconds if an HTTP/2 client does not close its connection
+// by itself. Shutdown calls srv.Shutdown.
 //
 // If ctx ends first, Shutdown calls srv.Shutdown at once, which closes idle
 // connections. The error wraps ctx's error and says what was left. A connection
@@ -300,7 +300,7 @@ func sleep(ctx context.Context, t time.Duration) bool {
 
 // look is done when nothing is left that srv.Shutdown would break. Then every
 // accept loop is parked, which proves that every accepted connection has been
-// reported, and Shutdown need not wait for any connection. look also expires
+// reported. Also, Shutdown need not wait for any of the connections. look expires
 // the connections whose grace is over.
 func (d *Drainer) look(ctx context.Context) (done bool, err error) {
 	if err := d.misuse(); err != nil {

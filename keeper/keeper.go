@@ -1,8 +1,8 @@
 // Package keeper gives a daemon one process that stays for the daemon's whole
-// life. PID 1 of a container must be such a process, and so must the foreground
-// process of a terminal, and the child of a supervisor that watches only the
-// process it has started. An upgrade replaces the process that serves. The
-// keeper stays, and forwards signals to the process that serves.
+// life. PID 1 of a container must be such a process. So must the foreground
+// process of a terminal, and the child of a supervisor that watches only this
+// child. An upgrade replaces the process that serves. The keeper stays, and
+// forwards signals to the process that serves.
 //
 // The package is for Linux. Under systemd it is not needed. Under an init
 // process, as with docker run --init, it is needed, because the init process

@@ -49,7 +49,7 @@ var services = []*service{
 	{name: "watchdog", base: "mydaemon", dropIn: "WatchdogSec=1\nRestart=no\n", test: testWatchdog},
 	{name: "forking", base: "mydaemon-forking", test: testForking},
 	{name: "takeover", base: "mydaemon", test: testTakeover},
-	{name: "takeover-next", base: "mydaemon"}, // which takes over
+	{name: "takeover-next", base: "mydaemon"}, // takes over
 	{name: "socket", base: "mydaemon", dropIn: "User=nobody\n", socket: "[Socket]\nListenStream=\nListenStream=127.0.0.1:7010\nListenStream=/run/socket.sock\n", test: testSocket},
 	{name: "store", base: "mydaemon-stored", dropIn: "User=nobody\n", test: testStore},
 }

@@ -30,7 +30,7 @@ type storedSocket struct {
 // does. A program that uses [Notifier.Store] calls Restore in the place of Adopt.
 // Restore remembers the sockets, so that Store can remove those that are not
 // wanted any more. It leaves out Unix sockets whose file has gone, so that Listen
-// makes them anew.
+// makes new ones.
 //
 // With a nil Notifier Restore does what Adopt does.
 func (n *Notifier) Restore(u *ecdysis.Upgrader) error {
@@ -49,8 +49,8 @@ func (n *Notifier) Restore(u *ecdysis.Upgrader) error {
 }
 
 // Store makes systemd keep copies of these sockets under these names, and of no
-// others. systemd drops a socket that it has under another name, or under a name
-// that now stands for another socket. A program calls Store with all its sockets,
+// others. systemd drops a socket if its name is not among them, or if the name now
+// stands for another socket. A program calls Store with all its sockets,
 // when it listens on all of them and before Ready.
 //
 //	err := n.Store(map[string]any{"web": ln, "dns": pc})

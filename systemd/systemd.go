@@ -145,7 +145,7 @@ func Setup(opts *ecdysis.Options) (*Notifier, error) {
 
 	prepare, notify := opts.Prepare, opts.Notify
 	opts.Prepare = func(c *ecdysis.Command) error {
-		taken := c.Path == "" // nothing is to be started
+		taken := c.Path == "" // a takeover, which starts no process
 		if err := n.begin(taken); err != nil {
 			return err
 		}

@@ -34,7 +34,7 @@ const (
 )
 
 // tellTimeout bounds the wait for a parent that does not read the ready byte. Such
-// a process is stopped or starved, and serves nobody.
+// a process is stopped or starved, and does not serve.
 const tellTimeout = 5 * time.Second
 
 // passed has the descriptors from readyFD on that a tableflip process has passed to

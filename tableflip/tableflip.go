@@ -111,9 +111,9 @@ func New(opts Options) (*Upgrader, error) {
 // AddConn. Otherwise Inherit does what New does.
 //
 // Listen and ListenPacket find the sockets by their addresses. The look-ups find
-// everything by its name: Listener finds "listener tcp :80", PacketConn finds
-// "packet udp :53", Conn finds "conn tcp 192.0.2.1:80", and File finds a file
-// under its own name. Ready tells the tableflip process that this one serves,
+// everything by its name. For example, Listener finds "listener tcp :80", PacketConn
+// finds "packet udp :53", and Conn finds "conn tcp 192.0.2.1:80". File finds a file
+// by its own name. Ready tells the tableflip process that this one serves,
 // after Options.Notify has returned from EventReady and before this process
 // accepts. The tableflip process goes on accepting until its program closes the
 // listeners.

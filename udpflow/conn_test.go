@@ -956,7 +956,7 @@ func TestAllocations(t *testing.T) {
 		}
 	})
 	if n != 0 {
-		t.Errorf("%v allocations for a packet of one's own and one that is forwarded; want none", n)
+		t.Errorf("%v allocations for an own packet and a forwarded one; want none", n)
 	}
 }
 

@@ -16,9 +16,9 @@ import (
 	"github.com/ecdysis-go/ecdysis"
 )
 
-// A group is what the sockets of one address share in this process, which is their
-// table and the inboxes of older processes. process.mu guards it, except where a
-// field says otherwise.
+// A group has what the sockets of one address share in this process. That is their
+// table and the inboxes of older processes. process.mu guards a group, except where
+// a field says otherwise.
 type group struct {
 	u      *ecdysis.Upgrader
 	prefix string // of the names under which files are handed on

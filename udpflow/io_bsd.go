@@ -10,8 +10,8 @@ import (
 )
 
 // On these systems packets are received and sent one by one. An inbox is a pair of
-// datagram sockets, because macOS has no sequenced-packet sockets, and those of
-// the BSDs may send a part of a packet if they have no room for the whole.
+// datagram sockets, because macOS has no sequenced-packet sockets. Those of the
+// BSDs may send a part of a packet if they have no room for the whole.
 
 // A vector is the records of a reader's messages.
 type vector struct{ records []record }

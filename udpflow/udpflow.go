@@ -26,9 +26,9 @@
 //
 // Each process has an inbox, which is a socket pair. All later processes inherit
 // its other end. A packet goes to an inbox in one hop. Packets keep their order,
-// and sending never blocks. If the older process is slow and its inbox full, the
-// packet is dropped and counted, as the system drops packets when the queue of a
-// UDP socket is full.
+// and sending never blocks. If the inbox is full because the older process is slow,
+// the packet is dropped and counted. The system treats the queue of a UDP socket in
+// the same way.
 //
 // A packet is received, looked up and forwarded in one step. A handover waits for
 // the end of this step, so that exactly one process decides on each packet. An
@@ -229,9 +229,10 @@ func notify(e ecdysis.Event) {
 // the newest process has dropped, and nobody reads the packets that come there.
 //
 // The errors are those of ecdysis.Upgrader.ListenPacket. It is also an error if
-// Setup was not called, if a field of c is out of range, or if the table of flows
-// has another layout or was made with another Key or Generation. A program passes
-// the error to [ecdysis.Upgrader.Fail], so that the predecessor goes on serving.
+// Setup was not called, or if a field of c is out of range. The inherited table of
+// flows is an error if its layout is another, or if it was made with another Key or
+// Generation. A program passes the error to [ecdysis.Upgrader.Fail], so that the
+// predecessor goes on serving.
 func ListenPacket(u *ecdysis.Upgrader, network, address string, c Config) (*Conn, error) {
 	conn, err := listenPacket(u, network, address, c)
 	if err != nil {

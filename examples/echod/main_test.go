@@ -274,7 +274,7 @@ func TestUpgradeAndStopBySocket(t *testing.T) {
 	d.End()
 	d.leavesNothing()
 	if out := d.ask("-stop", 1); !strings.Contains(out, "no such file") {
-		t.Errorf("echod -stop with nobody there prints %q", out)
+		t.Errorf("echod -stop without a running process prints %q", out)
 	}
 }
 

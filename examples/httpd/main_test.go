@@ -229,7 +229,7 @@ func TestUpgradeAndStop(t *testing.T) {
 				}
 				d.leavesNothing(pid)
 				if out := d.request("stop"); !strings.Contains(out, "no such file") || !strings.Contains(out, "exit status 1") {
-					t.Errorf("httpd -request with nobody there prints %q", out)
+					t.Errorf("httpd -request without a running process prints %q", out)
 				}
 			}
 			if state := d.Wait(); !state.Success() {
