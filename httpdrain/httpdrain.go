@@ -1,8 +1,8 @@
 // Package httpdrain ends a net/http server without losing a request.
 //
-// [http.Server.Shutdown] drops connections that were accepted and not yet read,
-// closes idle ones while their clients are about to use them again, and drops
-// requests that it has read in that moment. That hardly matters if the service
+// [http.Server.Shutdown] drops connections that were accepted and not yet read. It
+// closes idle connections while their clients are about to use them again, and
+// drops requests that it has read in that moment. That hardly matters if the service
 // ends for good. It matters if the process has been replaced, because clients
 // should not notice that. A Drainer uses what HTTP provides for this:
 //
@@ -61,9 +61,9 @@ import (
 // DefaultGrace is the grace of a Drainer whose Grace is zero.
 const DefaultGrace = 5 * time.Second
 
-// ErrMisused is wrapped by the error of a Shutdown that could not see all
-// connections or requests of its server, because New or Listener was not used
-// correctly. The error's text says how. The server has been shut down by its own
+// ErrMisused means that Shutdown could not see all connections or requests of its
+// server, because New or Listener was not used correctly. The error of Shutdown
+// wraps it, and its text names the mistake. The server has been shut down by its own
 // Shutdown, and requests may have been lost. If the Handler was replaced after
 // New, Serve also returns an error that wraps ErrMisused, at once.
 var ErrMisused = errors.New("httpdrain: not all connections of the server are known")

@@ -4,9 +4,9 @@
 // child. An upgrade replaces the process that serves. The keeper stays, and
 // forwards signals to the process that serves.
 //
-// The package is for Linux. Under systemd it is not needed. Under an init
-// process, as with docker run --init, it is needed, because the init process
-// ends with its first child, and the container ends with the init process.
+// The package is for Linux. Under systemd it is not needed. It is needed under
+// an init process, as with docker run --init. The init process ends with its
+// first child, and the container ends with the init process.
 //
 // docs/containers.md, docs/supervisors.md and docs/embedded.md have its use.
 package keeper
@@ -67,11 +67,13 @@ import "fmt"
 // way. If SIGKILL ends the keeper, the generations go on, unless the keeper was
 // PID 1.
 //
-// The program is os.Args[0], looked up in $PATH if it has no slash. The error
-// wraps the system's error if the program cannot be started, if the directory of
-// the PID file cannot be opened, or if the kernel has no filters. No process is
-// left running then. On systems other than Linux the error wraps
-// errors.ErrUnsupported.
+// The program is os.Args[0], looked up in $PATH if it has no slash. It is an error
+// if the program cannot be started, if pidFile is empty or its directory cannot be
+// opened, or if the kernel has no filters. The error wraps that of the system, and
+// no process is left running. Stay returns an error in the child if the keeper has
+// ended before it let the child go on. It returns one in the keeper if no generation
+// is left and the keeper has not seen how the youngest ended. On systems other than
+// Linux the error wraps errors.ErrUnsupported.
 func Stay(pidFile string) error {
 	if err := stay(pidFile); err != nil {
 		return fmt.Errorf("keeper: %w", err)

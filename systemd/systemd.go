@@ -124,7 +124,7 @@ type Notifier struct {
 //
 // Setup returns ErrNoSocket, with opts unchanged, if NOTIFY_SOCKET is not set.
 // Any other error means that a variable does not have systemd's form, or that no
-// socket listens at NOTIFY_SOCKET, which is a path or an abstract name. Nothing
+// process receives at NOTIFY_SOCKET. That is a path or an abstract name. Nothing
 // has been changed then.
 func Setup(opts *ecdysis.Options) (*Notifier, error) {
 	n, err := newNotifier()

@@ -168,7 +168,7 @@ func inherit(opts ecdysis.Options) (*ecdysis.Upgrader, *parent, error) {
 	return u, p, nil
 }
 
-// Ready writes the PID file, tells the parent that this process can serve, and
+// Ready writes the PID file and tells the parent that this process can serve. It
 // closes everything that was handed on and that the program has not asked for.
 // When it returns nil, this process serves and its listeners accept. It also
 // returns nil if the parent has died meanwhile.

@@ -33,9 +33,9 @@ type netMessage = struct {
 //
 //	transport := &quic.Transport{Conn: udpflow.BatchConn[ipv4.Message]{conn}}
 //
-// The NewPacketConn of golang.org/x/net's ipv4 and ipv6 must not be used to read
-// from a Conn, because the packets that it reads cannot be sorted by their flows.
-// It may be used to set options and to write.
+// Do not use the NewPacketConn of golang.org/x/net's ipv4 and ipv6 to read from a
+// Conn, because the packets that it reads cannot be sorted by their flows. It may be
+// used to set options and to write.
 type BatchConn[M Message] struct{ *Conn }
 
 // ReadBatch waits until there is a packet, and fills messages as the ReadBatch of
