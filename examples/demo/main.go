@@ -15,6 +15,12 @@
 // minute, each figure beside what the system itself takes for it:
 //
 //	go run ./examples/demo -cost -svg DIR
+//
+// With -soak it upgrades a daemon for a time, with faults at random moments, and
+// looks for requests that were lost and for growth. The seed repeats the same
+// faults:
+//
+//	go run ./examples/demo -soak 10m -seed 1 -svg FILE
 package main
 
 import (
@@ -37,13 +43,19 @@ func main() {
 	}
 	asJSON := flag.Bool("json", false, "print the result of the tour as one JSON document")
 	costs := flag.Bool("cost", false, "measure what an upgrade costs, instead of the tour")
-	svg := flag.String("svg", "", "draw what was measured into this `directory`")
+	soaks := flag.Duration("soak", 0, "upgrade with random faults for this `time`, instead of the tour")
+	seed := flag.Uint64("seed", 0, "with -soak: the `number` that the faults follow from; 0: another one each time")
+	svg := flag.String("svg", "", "draw: with -cost two pictures into this directory, with -soak one at this `path`")
 	page := flag.String("write", "", "with -cost: renew cost.md and its pictures in this `directory`, sizes by architecture included")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if *costs {
-		if err := measure(ctx, *svg, *page); err != nil {
+	if *costs || *soaks > 0 {
+		run := func() error { return measure(ctx, *svg, *page) }
+		if *soaks > 0 {
+			run = func() error { return soakFor(ctx, *soaks, *seed, *svg) }
+		}
+		if err := run(); err != nil {
 			fmt.Fprintln(os.Stderr, "demo:", err)
 			os.Exit(1)
 		}

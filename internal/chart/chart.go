@@ -32,6 +32,7 @@ type Axis struct {
 	Log      bool // all values are above zero
 	Whole    bool // no ticks between whole numbers
 	Min, Max float64
+	Names    []string // of the values 0, 1 and so on, in place of numbers
 }
 
 // A Kind says how a series is drawn.
@@ -117,20 +118,21 @@ func text(b *bytes.Buffer, class string, x, y float64, s string) {
 // draw draws the plot with the upper edge of its area at top.
 func (p Plot) draw(b *bytes.Buffer, top float64) {
 	bottom := top + p.height()
-	xs, ys := p.scales(top, bottom)
-	text(b, "b", left, top-28, p.Title)
+	edge := p.edge()
+	xs, ys := p.scales(edge, top, bottom)
+	text(b, "b", edge, top-28, p.Title)
 	for _, v := range ys.ticks() {
 		y := ys.at(v)
-		fmt.Fprintf(b, `<path class="g" d="M%.1f %.1fH%.1f"/>`, left, y, right)
-		text(b, "e", left-6, y+4, number(v))
+		fmt.Fprintf(b, `<path class="g" d="M%.1f %.1fH%.1f"/>`, edge, y, right)
+		text(b, "e", edge-6, y+4, p.Y.name(v))
 	}
 	for _, v := range xs.ticks() {
 		x := xs.at(v)
 		fmt.Fprintf(b, `<path class="g" d="M%.1f %.1fV%.1f"/>`, x, top, bottom)
-		text(b, "m", x, bottom+17, number(v))
+		text(b, "m", x, bottom+17, p.X.name(v))
 	}
-	fmt.Fprintf(b, `<path class="a" d="M%.1f %.1fV%.1fH%.1f"/>`+"\n", left, top, bottom, right)
-	text(b, "m", (left+right)/2, bottom+36, p.X.Label)
+	fmt.Fprintf(b, `<path class="a" d="M%.1f %.1fV%.1fH%.1f"/>`+"\n", edge, top, bottom, right)
+	text(b, "m", (edge+right)/2, bottom+36, p.X.Label)
 	text(b, "", 6, top-10, p.Y.Label)
 	for _, m := range p.Marks {
 		x := xs.at(m.X)
@@ -145,9 +147,18 @@ func (p Plot) draw(b *bytes.Buffer, top float64) {
 	p.legend(b, top)
 }
 
+// edge is where the area begins: names need more room than numbers.
+func (p Plot) edge() float64 {
+	edge := left
+	for _, s := range p.Y.Names {
+		edge = max(edge, 16+6.8*float64(len([]rune(s))))
+	}
+	return edge
+}
+
 // scales returns what places the plot's points.
-func (p Plot) scales(top, bottom float64) (xs, ys scale) {
-	xs, ys = newScale(p.X, left, right), newScale(p.Y, bottom, top)
+func (p Plot) scales(edge, top, bottom float64) (xs, ys scale) {
+	xs, ys = newScale(p.X, edge, right), newScale(p.Y, bottom, top)
 	for _, s := range p.Series {
 		for _, q := range s.Points {
 			xs.include(q.X)
@@ -207,6 +218,9 @@ type scale struct {
 }
 
 func newScale(a Axis, from, to float64) scale {
+	if a.Names != nil {
+		a.Min, a.Max = -0.5, float64(len(a.Names))-0.5
+	}
 	s := scale{Axis: a, from: from, to: to, fixed: a.Min != a.Max}
 	if !s.fixed {
 		s.Min, s.Max = math.Inf(1), math.Inf(-1)
@@ -251,6 +265,12 @@ func (s scale) at(v float64) float64 {
 
 // ticks returns round values within the scale.
 func (s scale) ticks() (list []float64) {
+	if s.Names != nil {
+		for i := range s.Names {
+			list = append(list, float64(i))
+		}
+		return list
+	}
 	add := func(v float64) {
 		if v >= s.Min*(1-1e-9) && v <= s.Max*(1+1e-9) {
 			list = append(list, v)
@@ -281,6 +301,14 @@ func (s scale) ticks() (list []float64) {
 		add(i * step)
 	}
 	return list
+}
+
+// name returns the text of a tick.
+func (a Axis) name(v float64) string {
+	if a.Names != nil {
+		return a.Names[int(v)]
+	}
+	return number(v)
 }
 
 // number writes a value as a reader expects it: 0.5, 20, 1,000.

@@ -19,6 +19,7 @@ func figure() Figure {
 			},
 			Marks: []Mark{{X: 10, Name: "killed <9>"}, {X: 20}}},
 		{Title: "bars", Y: Axis{Whole: true}, Height: 80, Series: []Series{{Kind: Bars, Points: []Point{{0, 0}, {3, 0}, {2, 1}, {9, 1}}}}},
+		{Title: "names", Y: Axis{Names: []string{"first", "a rather long second"}}, Series: []Series{{Kind: Dots, Points: []Point{{1, 0}, {2, 1}}}}},
 		{Title: "nothing at all"},
 	}}
 }
@@ -40,7 +41,7 @@ func TestSVG(t *testing.T) {
 			texts = append(texts, strings.TrimSpace(string(s)))
 		}
 	}
-	for _, want := range []string{`a & b <c> "d"`, "lines", "listeners", "one", "two", "killed <9>", "10,000", "bars", "nothing at all"} {
+	for _, want := range []string{`a & b <c> "d"`, "lines", "listeners", "one", "two", "killed <9>", "10,000", "bars", "first", "a rather long second", "nothing at all"} {
 		if !slices.Contains(texts, want) {
 			t.Errorf("no text %q in %q", want, texts)
 		}
@@ -67,6 +68,7 @@ func TestScale(t *testing.T) {
 		{Axis{Whole: true}, []float64{1, 2}, []float64{0, 1, 2}},
 		{Axis{Log: true}, []float64{1, 10000}, []float64{1, 10, 100, 1000, 10000}},
 		{Axis{Log: true}, []float64{3, 30}, []float64{5, 10, 20}},
+		{Axis{Names: []string{"a", "b", "c"}}, nil, []float64{0, 1, 2}},
 		{Axis{Min: 0, Max: 4}, []float64{100}, []float64{0, 1, 2, 3, 4}},
 	} {
 		s := newScale(c.axis, 0, 100)
