@@ -228,7 +228,7 @@ func (s *stream) waitInput() error {
 	})
 }
 
-// read returns the next frame. It returns os.ErrDeadlineExceeded, after a last
+// read returns the next frame, and sends the rest of one meanwhile. It returns os.ErrDeadlineExceeded, after a last
 // look, when the deadline has passed, and the error that the stream ended with.
 // The zero deadline is none.
 func (s *stream) read(deadline time.Time) (frame, error) {
@@ -242,7 +242,13 @@ func (s *stream) read(deadline time.Time) (frame, error) {
 		if !deadline.IsZero() && !time.Now().Before(deadline) {
 			return f, os.ErrDeadlineExceeded
 		}
-		if err := s.conn.SetReadDeadline(deadline); err != nil {
+		until := deadline
+		if s.sendRest() == errAgain { // nothing tells when there is room
+			if soon := time.Now().Add(restInterval); until.IsZero() || soon.Before(until) {
+				until = soon
+			}
+		}
+		if err := s.conn.SetReadDeadline(until); err != nil {
 			return f, err
 		}
 		if err := s.waitInput(); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -335,7 +341,18 @@ func (s *stream) sendFrame(b []byte, fds []int) error {
 	if err := s.flush(); err != errAgain {
 		return err
 	}
-	return nil // the rest follows with the next call
+	return nil // the rest follows with the next call of send or read
+}
+
+// restInterval is how often read looks for room for the rest of a frame.
+const restInterval = 5 * time.Millisecond
+
+// sendRest sends what the system has not taken of an earlier frame. It returns
+// errAgain if it does not take all of that either.
+func (s *stream) sendRest() error {
+	s.wmu.Lock()
+	defer s.wmu.Unlock()
+	return s.flush()
 }
 
 // flush sends the rest of an earlier frame. s.wmu is held.

@@ -171,6 +171,9 @@ func (s *stream) exchangeTake(unit string, deadline time.Time) (f frame, err err
 	if err == nil || err == io.EOF {
 		f, err = s.read(deadline)
 	}
+	if err == errTruncated { // HELLO and what follows can come at once
+		s.sendFail(err)
+	}
 	if err != nil {
 		return f, err
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/ecdysis-go/ecdysis"
@@ -144,7 +145,14 @@ func leftOutAt(at moment, left map[cell]string) string {
 
 // describe returns the last columns of a row.
 func (o outcome) describe() string {
-	return strings.Join([]string{string(o.serves), o.describeError(), o.describeClients()}, " | ")
+	serves := string(o.serves)
+	if o.wait == waitHook {
+		serves = "predecessor, until the hook returns or longer"
+		if o.serves != byPredecessor {
+			serves = "predecessor until the hook returns, then " + string(o.serves)
+		}
+	}
+	return strings.Join([]string{serves, o.describeError(), o.describeClients()}, " | ")
 }
 
 func (o outcome) describeError() string {
@@ -184,17 +192,23 @@ func (o outcome) describeClients() string {
 		return "are refused until the taker listens"
 	case o.serves == byNobody && o.killed == 0:
 		return "the service has ended"
+	case o.serves == byBoth:
+		return "get answers of either process"
 	case o.killed > 0:
 		return "those of the killed process are cut off"
-	case o.wait == "5 s":
-		return "wait for 5 s"
+	case o.lost:
+		return "of the Unix socket cannot connect, until the next upgrade (`Event.Lost`)"
+	case o.wait == waitHook, o.wait == "":
+		return "none fails"
+	case o.wait != "`UpgradeTimeout`":
+		return "wait for at most " + o.wait
 	}
-	return "notice nothing"
+	return "none fails"
 }
 
 func errorName(err error) string {
 	for name, e := range map[string]error{
-		"io.ErrUnexpectedEOF": io.ErrUnexpectedEOF, "os.ErrDeadlineExceeded": os.ErrDeadlineExceeded, "os.ErrPermission": os.ErrPermission,
+		"io.ErrUnexpectedEOF": io.ErrUnexpectedEOF, "os.ErrDeadlineExceeded": os.ErrDeadlineExceeded, "EMFILE": syscall.EMFILE, "ENOSPC": syscall.ENOSPC,
 		"ErrStopped": ecdysis.ErrStopped, "ErrAborted": ecdysis.ErrAborted, "ErrInProgress": ecdysis.ErrInProgress,
 	} {
 		if err == e {
@@ -207,7 +221,7 @@ func errorName(err error) string {
 // guide is the first part of the page.
 const guide = `# What can go wrong
 
-Either process of an upgrade can be killed, hang, panic or be stopped, at any moment. This page says what you do then, and what
+Either process of an upgrade can be killed, hang, panic, run out of something or be stopped, at any moment. This page says what you do then, and what
 follows in each case. ` + "`TestFaults`" + ` in e2e makes each case happen to real processes under load, and the tables below are written from
 its rules.
 
@@ -222,16 +236,28 @@ reason is in the error of ` + "`Upgrade`" + `, in ` + "`EventUpgradeFailed`" + `
 | ` + "`init`" + `, “it says: …” | The new version has given its reason by ` + "`Fail`" + ` or a failed ` + "`Ready`" + `. | The same. |
 | ` + "`init`, `io.ErrUnexpectedEOF`" + ` | The new version has ended. ` + "`UpgradeError.State`" + ` says how, and its standard error why. | Repair the new version. |
 | ` + "`init`, `os.ErrDeadlineExceeded`" + ` | The new version was not ready within ` + "`UpgradeTimeout`" + `. It was killed, unless it was taking over. | Find what its start waits for, or allow more time. |
+| ` + "`init`" + `, “no space left on device” or “permission denied” | The PID file, or the file of a socket, could not be made. | Make room or give permission, and upgrade again. |
+| ` + "`init`, `start`" + `, “RLIMIT_NOFILE” or “too many open files” | One of the two may not open as many files as are handed on. | Raise the limit of the process that the error is about. |
 | ` + "`handover`" + ` | One of the two has failed between READY and DONE. Clients have waited for some seconds at most, and none has failed. | Look at the hooks for ` + "`EventHandover` and `EventReady`" + `. |
+| ` + "`handover`" + `, “Options.Notify has not returned” | A hook hangs, often because the log that it writes to is stalled. Clients have waited for 10 s at most. | Repair the log. Write to it so that a reader that stands still holds up nobody. |
 | ` + "`probation`" + ` | The new version has ended after it had served. Connections that it had accepted were cut off. | Repair the new version. The old one serves. |
 | ` + "`ErrStopped`" + ` | A stop came first, and the service has ended. | Start it anew if the stop was not meant. |
 | ` + "`Upgrade`" + ` does not return, and others get ` + "`ErrInProgress`" + ` | ` + "`Prepare`, `SendState` or `Unclaimed`" + ` hangs. The old process serves meanwhile. | Let the hook return. |
 | The new process serves, and the old one has told nothing of it | The old process was killed, or a hook has panicked. | Look for the reason. The service needs nothing. |
+| ` + "`Event.Lost`" + ` in the new process's ` + "`EventReady`" + ` | The deleted file of a Unix socket could not be put in its place again. | Give permission for the directory, and upgrade again. |
 | Clients wait, and nobody answers | The process that serves is paused: by SIGSTOP, a debugger or a frozen cgroup. | Let it continue. No request is lost. |
 | Nobody serves | The process that was killed was alone, or both were. | Let the supervisor start the service. Files that are left do not hinder the start. |
 
 The new process may be killed at any time until it serves: the old one goes on. Killed after its probation, it takes the service with
 it. If the old process is killed after the new one was started, the new one serves as soon as its start is complete.
+
+Two things are not made good:
+
+- A program that shuts down or closes the stream between the two, by a descriptor that is not its own, makes the new process take the old
+  one for dead. A successor that was started by the old process is ended within a second. A process that is taking over is not, and
+  both serve then. End the one that you do not want.
+- A signal to stop that comes to the old process at the very end of an upgrade can be lost, if the goroutine that has received it does not
+  run until the upgrade is over. The old process then ends as one that was replaced. Send the signal to the new one.
 
 ## What follows in each case
 

@@ -102,11 +102,16 @@ type faultRun struct {
 	p, s  *proctest.Proc
 	load  *proctest.Load
 
-	unchanged func()                     // the predecessor's descriptors, children and goroutines
-	upgrade   *proctest.Attempt          // nil in a takeover
-	recovered *proctest.Pending[string]  // in the place of upgrade
-	client    interface{ Close() error } // of the predecessor, which serves it to the end
-	asked     *proctest.Client           // of a stop socket
+	unchanged func()                        // the predecessor's descriptors, children and goroutines
+	upgrade   *proctest.Attempt             // nil in a takeover
+	recovered *proctest.Pending[string]     // in the place of upgrade
+	client    interface{ Close() error }    // of the predecessor, which serves it to the end
+	as        func(uid int) func(*exec.Cmd) // starts a process of another user
+	mounted   bool                          // $DIR/run is a file system that the test does not see
+	log       *os.File
+	logRead   chan struct{} // closed when nobody reads the log any more
+
+	asked *proctest.Client // of a stop socket
 }
 
 // specs returns those of the cell's processes.
@@ -170,6 +175,9 @@ func (c cell) run(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if c.fault.setUp != nil {
+		c.fault.setUp(x)
+	}
 	x.reach()
 	if x.want.serves == byNobody || x.want.gone {
 		x.load.Check() // before there is nobody to answer
@@ -181,7 +189,11 @@ func (c cell) run(t *testing.T) {
 // launch starts a process of the cell that no other one has started.
 func (x *faultRun) launch() *proctest.Proc {
 	x.Helper()
-	return x.chain.Launch(func(cmd *exec.Cmd) {})
+	return x.chain.Launch(func(cmd *exec.Cmd) {
+		if f := x.c.fault.launch; f != nil {
+			f(x, cmd)
+		}
+	})
 }
 
 // begin begins an upgrade of p in the cell's mode.
@@ -220,8 +232,18 @@ func (x *faultRun) reach() {
 	case final:
 		x.client = x.p.Dial(0)
 	}
+	if n := x.c.fault.files; n > 0 {
+		addMany.On(x.p, n)
+	}
 	x.unchanged = x.p.KeepsWithClients()
-	x.load = proctest.StartLoad(x.T, proctest.Clients{Killed: x.want.killed}, x.p.Addrs()...)
+	addrs := x.p.Addrs()
+	if x.c.fault.begin != nil {
+		x.c.fault.begin(x)
+	}
+	if x.c.fault.unreached != nil { // the file is gone
+		addrs = addrs[:1]
+	}
+	x.load = proctest.StartLoad(x.T, proctest.Clients{Killed: x.want.killed}, addrs...)
 	x.load.More(5)
 	if x.want.serves == byNobody && (x.c.at == inHandover || x.c.at == committed || x.c.at == resuming) {
 		x.load.Check() // before clients wait for the service that ends
@@ -410,21 +432,24 @@ func (x *faultRun) ask(s stopping) {
 // check fails the test unless everything is as the cell wants it.
 func (x *faultRun) check() {
 	x.Helper()
-	if x.s == nil && x.want.serves == bySuccessor {
+	if x.s == nil && (x.want.serves == bySuccessor || x.want.starts()) {
 		x.s = x.successor()
 	}
 	x.checkError()
 	x.checkTold()
 	switch x.want.serves {
 	case byPredecessor:
-		x.servesOn(x.p)
+		x.servesOn(x.p, false)
 		x.load.Check()
 		x.unchanged()
-		x.load = x.p.Load(1)
+		x.load = proctest.StartLoad(x.T, proctest.Clients{}, x.load.Addrs()...)
 		x.goesOn(x.p)
 	case bySuccessor, byFirst:
 		x.s.At(proctest.AtServing)
-		x.servesOn(x.s)
+		x.servesOn(x.s, false)
+		if lost := x.s.Event(ecdysis.EventReady, 0).Lost; (len(lost) > 0) != x.want.lost {
+			x.Errorf("the successor has lost %q; want %v", lost, x.want.lost)
+		}
 		x.checkAsked(x.s)
 		if x.client != nil {
 			x.client.Close()
@@ -439,6 +464,12 @@ func (x *faultRun) check() {
 		x.goesOn(x.s)
 	case byNobody:
 		x.checkNobody()
+	case byBoth:
+		x.load.End()
+		x.s.At(proctest.AtServing)
+		if !x.p.Living() {
+			x.Errorf("process %d has ended", x.p.PID)
+		}
 	}
 }
 
@@ -469,7 +500,7 @@ func (x *faultRun) checkError() {
 // what the cell wants, or was ended before that, and has never served.
 func (x *faultRun) checkTold() {
 	x.Helper()
-	if x.s == nil || x.want.serves != byPredecessor && x.want.told == nil {
+	if x.s == nil || x.want.serves == byBoth || x.want.serves != byPredecessor && x.want.told == nil {
 		return
 	}
 	x.s.Ended()
@@ -485,7 +516,7 @@ func (x *faultRun) checkTold() {
 			}
 		}
 	}
-	if served && x.c.at != inProbation && !x.want.maybe {
+	if served && x.want.killed == 0 && !x.want.maybe {
 		x.Errorf("the successor, process %d, has served", x.s.PID)
 	}
 	if x.want.told != nil && x.c.mode == takeover {
@@ -503,16 +534,24 @@ func (x *faultRun) checkAsked(s *proctest.Proc) {
 }
 
 // servesOn fails the test unless p serves, and the PID file names it.
-func (x *faultRun) servesOn(p *proctest.Proc) {
+func (x *faultRun) servesOn(p *proctest.Proc, healed bool) {
 	x.Helper()
-	p.Serves()
+	files := []string{"in/sock", "log", "partial", "run/pid", "stop", "take", "upgrade"}
+	if f := x.c.fault.unreached; f != nil && f(x.c) && !healed {
+		p.ServesAt(p.Addr(0))
+	} else {
+		p.Serves()
+	}
 	if !x.want.gone {
 		x.load.More(5)
 	}
-	if b, err := os.ReadFile(x.chain.Path("run/pid")); err != nil || string(b) != strconv.Itoa(p.PID)+"\n" {
+	if b, err := os.ReadFile(x.inRun(p, "pid")); err != nil || string(b) != strconv.Itoa(p.PID)+"\n" {
 		x.Errorf("the PID file holds %q, %v; want %d", b, err, p.PID)
 	}
-	x.hasFiles("in/sock", "partial", "run/pid", "stop", "take", "upgrade")
+	x.hasFiles(slices.DeleteFunc(files, func(name string) bool {
+		return name == "log" && x.log == nil || name == "run/pid" && x.mounted ||
+			name == "in/sock" && x.c.fault.unreached != nil
+	})...)
 }
 
 // goesOn fails the test unless p's next upgrade works, and no request has
@@ -524,7 +563,7 @@ func (x *faultRun) goesOn(p *proctest.Proc) {
 		n = x.successor()
 	}
 	n.At(proctest.AtServing)
-	x.servesOn(n)
+	x.servesOn(n, true)
 	if !(p == x.p && x.c.at == inProbation) { // else it stands by for a minute
 		p.Ended()
 	}
@@ -572,6 +611,9 @@ func (x *faultRun) hasFiles(want ...string) {
 			return err
 		}
 		name, err := filepath.Rel(x.chain.Dir, path)
+		if strings.HasPrefix(name, "in/") && x.c.fault.unreached != nil {
+			return err // what could not be removed may be there
+		}
 		got = append(got, name)
 		return err
 	})

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"syscall"
@@ -78,6 +79,7 @@ const (
 	bySuccessor   servant = "successor"
 	byNobody      servant = "nobody"
 	byFirst       servant = "taker, as a first process" // it starts as if nobody had served before
+	byBoth        servant = "both"
 )
 
 // An outcome is what a cell allows.
@@ -98,8 +100,14 @@ type outcome struct {
 
 	killed int  // processes whose clients may be cut off
 	gone   bool // clients may be refused, because nobody listens
+	lost   bool // the successor's EventReady names the Unix socket as lost
 	slow   bool // the cell waits for a bound of some seconds
 	wait   string
+}
+
+// starts reports whether the attempt fails after it has started a successor.
+func (o outcome) starts() bool {
+	return len(o.steps) > 0 && o.steps[0] != ecdysis.StepPrepare && o.steps[0] != ecdysis.StepStart
 }
 
 // A fault is what goes wrong, or what is ordered.
@@ -119,6 +127,12 @@ type fault struct {
 	strike   func(x *faultRun)
 	byWait   bool // a signal begins the upgrade, and not a call of Upgrade
 	recovers bool // the program recovers from a panic of Upgrade
+
+	setUp     func(x *faultRun)                // before any process is started
+	launch    func(x *faultRun, cmd *exec.Cmd) // changes how one is
+	begin     func(x *faultRun)                // before the upgrade begins
+	files     int                              // that are handed on
+	unreached func(c cell) bool                // nobody reaches the Unix socket until the next upgrade
 }
 
 // undisturbed is what follows if nothing goes wrong from the step on.
@@ -225,6 +239,9 @@ func (m moment) hookPoint() proctest.Point {
 
 // ofHalted reports whether the successor is at the step because it is halted.
 func (c cell) ofHalted() bool { return c.at == inTransfer && c.mode == takeover }
+
+// waitHook is a wait for a hook, which has no bound.
+const waitHook = "the hook"
 
 const faultTimeout = 3 * time.Second // Options.UpgradeTimeout of cells that wait for it
 
@@ -375,12 +392,14 @@ var faults = slices.Concat([]*fault{
 			case inPrepare:
 				if c.mode == takeover { // the taker waits no longer than its own UpgradeTimeout
 					o := c.givenUp(io.ErrUnexpectedEOF)
-					o.told, o.slow, o.wait = os.ErrDeadlineExceeded, true, "the hook"
+					o.told, o.slow, o.wait = os.ErrDeadlineExceeded, true, waitHook
 					return o
 				}
-				return outcome{serves: bySuccessor, wait: "the hook"}
-			case readied, final:
-				return outcome{serves: bySuccessor, wait: "the hook"}
+				return outcome{serves: bySuccessor, wait: waitHook}
+			case readied:
+				return outcome{serves: bySuccessor, wait: waitHook}
+			case final:
+				return outcome{serves: bySuccessor}
 			case resuming:
 				o := undisturbed(c)
 				o.slow, o.wait = true, "5 s"
@@ -388,6 +407,9 @@ var faults = slices.Concat([]*fault{
 			}
 			o := c.givenUp(os.ErrDeadlineExceeded)
 			o.slow, o.wait = true, "5 s"
+			if c.at == inHandover {
+				o.told = ecdysis.ErrAborted
+			}
 			return o
 		},
 		specs: func(c cell, p, s *proctest.Spec) {
@@ -455,7 +477,7 @@ var faults = slices.Concat([]*fault{
 		recovers: true,
 		strike:   func(x *faultRun) { x.release() },
 	},
-}, stopFaults())
+}, stopFaults(), systemFaults())
 
 func panicAtHook(c cell, p, s *proctest.Spec) {
 	panics := proctest.Once(proctest.Hold, proctest.Panic)

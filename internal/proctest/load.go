@@ -98,6 +98,7 @@ type Load struct {
 	T testing.TB
 
 	clients Clients
+	addrs   []Addr
 	n       int // clients in all
 	stop    chan struct{}
 	end     sync.Once
@@ -122,7 +123,7 @@ func (p *Proc) Load(n int) *Load {
 func StartLoad(t testing.TB, c Clients, addrs ...Addr) *Load {
 	t.Helper()
 	c.N, c.Requests = max(c.N, 1), max(c.Requests, 1)
-	l := &Load{T: t, clients: c, n: c.N * len(addrs), stop: make(chan struct{}), waiters: make(map[chan struct{}]int64)}
+	l := &Load{T: t, clients: c, addrs: addrs, n: c.N * len(addrs), stop: make(chan struct{}), waiters: make(map[chan struct{}]int64)}
 	for _, a := range addrs {
 		for range c.N {
 			l.wg.Go(func() {
@@ -135,6 +136,9 @@ func StartLoad(t testing.TB, c Clients, addrs ...Addr) *Load {
 	t.Cleanup(l.End)
 	return l
 }
+
+// Addrs are the addresses to which the clients connect.
+func (l *Load) Addrs() []Addr { return l.addrs }
 
 func (l *Load) ended() bool {
 	select {
