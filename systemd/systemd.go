@@ -199,7 +199,7 @@ func newNotifier() (*Notifier, error) {
 		n.successor = true
 		address, list, _ := strings.Cut(s, ":")
 		if n.stored, err = parseStored(list); err != nil {
-			return nil, fmt.Errorf("systemd: %s is %q; want the form that a predecessor sets: %w", envPredecessor, s, err)
+			return nil, fmt.Errorf("systemd: %s is %q; want what an upgrading process sets for its successor: %w", envPredecessor, s, err)
 		}
 		n.relay = dialRelay(address)
 	}
