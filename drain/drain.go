@@ -20,7 +20,7 @@
 // The package uses the standard library alone and works with any listener. It
 // logs nothing, and has no goroutine apart from those that run Handler.
 //
-// docs/servers.md has the lines for many libraries.
+// docs/servers.md shows how to use it with several libraries.
 package drain
 
 import (

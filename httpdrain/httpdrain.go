@@ -42,7 +42,7 @@
 // every system. On systems other than Unix a request may be lost if it arrives
 // just before the grace of its connection is over.
 //
-// docs/web.md is its guide, and says what to set in proxies.
+// docs/web.md is a guide, and says what to set in proxies.
 package httpdrain
 
 import (

@@ -8,7 +8,7 @@
 // an init process, as with docker run --init. The init process ends with its
 // first child, and the container ends with the init process.
 //
-// docs/containers.md, docs/supervisors.md and docs/embedded.md have its use.
+// docs/containers.md, docs/supervisors.md and docs/embedded.md show how to use it.
 package keeper
 
 import "fmt"
@@ -69,8 +69,8 @@ import "fmt"
 //
 // The program is os.Args[0], looked up in $PATH if it has no slash. It is an error
 // if the program cannot be started, if pidFile is empty or its directory cannot be
-// opened, or if the kernel has no filters. The error wraps that of the system, and
-// no process is left running. Stay returns an error in the child if the keeper has
+// opened, or if the kernel has no filters. The error wraps the system's error, if
+// there is one, and no process is left running. Stay returns an error in the child if the keeper has
 // ended before it let the child go on. It returns one in the keeper if no generation
 // is left and the keeper has not seen how the youngest ended. On systems other than
 // Linux the error wraps errors.ErrUnsupported.

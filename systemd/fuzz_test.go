@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// FuzzListenFDS: the variables of systemd are understood or refused, by an error
-// that names the variable, and are gone either way.
+// FuzzListenFDS sets systemd's variables. They are accepted, or refused by an error
+// that names the variable, and are removed in both cases.
 func FuzzListenFDS(f *testing.F) {
 	for _, v := range [][3]string{
 		{"PID", "1", "web"}, {"PID", "2", "web.socket:"}, {"PID", "2", "a:b:c"}, {"PID", "0", ""}, {"PID", "0", "a"}, {"PID", "1", ""}, {"1", "1", "web"},
@@ -22,8 +22,8 @@ func FuzzListenFDS(f *testing.F) {
 		f.Add(v[0], v[1], v[2], true)
 		f.Add(v[0], v[1], v[2], false)
 	}
-	// This process was passed nothing. The fuzzer's own descriptors, from 3 on,
-	// are to look like what a process opens itself.
+	// No descriptors were passed to this process. The fuzzer's own descriptors,
+	// from 3 on, must look like descriptors that the process has opened itself.
 	unix.CloseOnExec(firstPassed)
 	f.Fuzz(func(t *testing.T, pid, fds, names string, named bool) {
 		count, label, err := parseListen(fds, names, named)
@@ -67,8 +67,8 @@ func FuzzListenFDS(f *testing.F) {
 	})
 }
 
-// FuzzStored: the list of what systemd has stored reads the same after it was
-// written again.
+// FuzzStored parses a list of stored sockets. A list that was parsed, formatted and
+// parsed again is the same.
 func FuzzStored(f *testing.F) {
 	for _, s := range []string{"", "123=web", "123=web:124=", "1=a=b", "x=a", "1", ":", "-1=a", "18446744073709551616=a"} {
 		f.Add(s)

@@ -48,7 +48,7 @@ func Example() {
 	conn.Close()
 }
 
-// serve answers each client by the generation that it belongs to.
+// serve answers each client with the generation that the client belongs to.
 func serve(conn *udpflow.Conn, generation int) {
 	buf := make([]byte, 64<<10)
 	for {
@@ -65,7 +65,8 @@ var exampleRole = proctest.DefineRole("example", func() {
 	Example()
 })
 
-// A client keeps its process over two upgrades, and a new one gets the newest.
+// A client keeps its process over two upgrades. A new client gets the newest
+// process.
 func TestExample(t *testing.T) {
 	t.Parallel()
 	p := proctest.Run(t, exampleRole.Command())
