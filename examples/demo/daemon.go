@@ -29,7 +29,8 @@ const (
 )
 
 // standIn is this program in the place of a successor: it does what the demo
-// tells it, and never returns.
+// tells it, and never returns. It must not import package ecdysis, which would
+// take at once what the program that it becomes is to inherit.
 func standIn(socket string) {
 	c, err := net.Dial("unix", socket)
 	if err != nil {
@@ -54,13 +55,14 @@ type generation struct {
 	Number   int     `json:"generation"`
 	PID      int     `json:"pid"`
 	ReadyMS  float64 `json:"ready_ms"` // from the signal; the first one's from its start
-	Answered int     `json:"answered"` // requests on connections begun while it served
+	Answered int     `json:"answered"` // requests
 	Failed   int     `json:"failed"`
 	Killed   bool    `json:"killed"`
 	InHands  int     `json:"in_its_hands"` // ended with it, because it was killed
 
 	process *os.Process
 	began   time.Time // its start was asked for: it accepts some time after that
+	served  time.Time // it was found to serve
 	died    time.Time // if it was killed
 }
 
@@ -125,7 +127,7 @@ func (d *daemon) start() error {
 		return err
 	}
 	// The time-out is for the successor that hangs.
-	cmd := exec.Command(d.program, "-tcp", "127.0.0.1:0", "-unix", d.unix, "-pidfile", d.pidFile, "-control", d.control, "-timeout", "3s")
+	cmd := exec.Command(d.program, "-tcp", "127.0.0.1:0", "-unix", d.unix, "-greet", "-pidfile", d.pidFile, "-control", d.control, "-timeout", "3s")
 	cmd.Env = append(os.Environ(), standInVar+"="+d.standIns.Addr().String())
 	began := time.Now()
 	if err := d.launch(cmd); err != nil {
@@ -196,7 +198,7 @@ func (d *daemon) ready(began time.Time) error {
 	if err != nil {
 		return err
 	}
-	g := &generation{Number: n, ReadyMS: ms(time.Since(began)), began: began}
+	g := &generation{Number: n, ReadyMS: ms(time.Since(began)), began: began, served: time.Now()}
 	if g.PID, err = strconv.Atoi(pid); err != nil {
 		return err
 	}
@@ -279,7 +281,10 @@ func (d *daemon) servesOn() error {
 		return err
 	}
 	defer c.Close()
-	return c.ask("still there?")
+	if err := c.ask("still there?"); err != nil || c.by != d.serving.Load().Number {
+		return fmt.Errorf("generation %d answers (%v); want %d", c.by, err, d.serving.Load().Number)
+	}
+	return nil
 }
 
 // killParent kills the process that serves after it has started its successor
@@ -324,7 +329,7 @@ func (d *daemon) takeOver() error {
 	if err := d.install(d.echod); err != nil {
 		return err
 	}
-	d.taker = exec.Command(d.program, "-tcp", d.tcp, "-unix", d.unix, "-pidfile", d.pidFile, "-control", d.control, "-probation", "1m")
+	d.taker = exec.Command(d.program, "-tcp", d.tcp, "-unix", d.unix, "-greet", "-pidfile", d.pidFile, "-control", d.control, "-probation", "1m")
 	d.taker.Env = d.cmd.Env
 	d.taker.Stderr = d.stderr
 	d.taker.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pgid: d.cmd.Process.Pid} // in which the others are

@@ -9,7 +9,8 @@
 // an upgrade, is taken over by a process that it has not started, and comes back
 // when its last successor is killed during its probation. Then it replaces a web
 // server, examples/httpd, under clients that keep their connections, and prints
-// a table and a verdict. The exit status is 1 if a single request has failed.
+// a table and a verdict. The exit status is 1 if a single request has failed. With
+// -svg FILE it draws which generation answered which request.
 //
 // With -cost it measures what an upgrade costs on this machine, in under a
 // minute, each figure beside what the system itself takes for it:
@@ -31,7 +32,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"sync"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -45,7 +45,7 @@ func main() {
 	costs := flag.Bool("cost", false, "measure what an upgrade costs, instead of the tour")
 	soaks := flag.Duration("soak", 0, "upgrade with random faults for this `time`, instead of the tour")
 	seed := flag.Uint64("seed", 0, "with -soak: the `number` that the faults follow from; 0: another one each time")
-	svg := flag.String("svg", "", "draw: with -cost two pictures into this directory, with -soak one at this `path`")
+	svg := flag.String("svg", "", "draw a picture of the tour or the soak at this `path`; with -cost, two into this directory")
 	page := flag.String("write", "", "with -cost: renew cost.md and its pictures in this `directory`, sizes by architecture included")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -61,7 +61,10 @@ func main() {
 		}
 		return
 	}
-	r, err := tour(ctx)
+	r, p, err := tour(ctx)
+	if err == nil && *svg != "" {
+		err = os.WriteFile(*svg, p.figure().SVG(), 0o644)
+	}
 	switch {
 	case ctx.Err() != nil:
 		err = errors.New("interrupted")
@@ -83,44 +86,53 @@ func main() {
 
 // tour runs the whole demonstration. Whatever it started has ended, and its
 // directory is gone, when it returns.
-func tour(ctx context.Context) (*report, error) {
+func tour(ctx context.Context) (*report, *picture, error) {
 	began := time.Now()
+	p := &picture{began: began}
 	d, err := newDaemon(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	load := &load{d: d, stopped: make(chan struct{})}
-	defer load.end() // after cleanUp: a client may wait for an answer
+	clients := &load{d: d, stopped: make(chan struct{})}
+	defer clients.end() // after cleanUp: a client may wait for an answer
 	defer d.cleanUp()
-	out := newProgress(d, load)
+	out := newProgress(os.Stderr)
 	defer out.end()
 
 	out.say("building examples/echod")
 	if err := build(ctx, d.echod, echodPackage); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if err := d.start(); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	out.say("generation 0 serves: process %d, %s and %s", d.serving.Load().PID, d.tcp, d.unix)
-	load.start()
+	clients.start()
+	out.follow(func() string {
+		answered, broken := clients.totals()
+		g := d.serving.Load()
+		return fmt.Sprintf("generation %d, process %d: %d answered, %d broken", g.Number, g.PID, answered, broken)
+	})
 
 	r := &report{Errors: []string{}}
 	for _, step := range []string{upgrade, upgrade, crash, upgrade, hang, upgrade, missing, upgrade, killed, takenOver, probation, ""} {
-		if err := load.more(ctx, 500); err != nil {
-			return nil, err
+		if err := clients.more(ctx, 500); err != nil {
+			return nil, nil, err
 		}
 		old := d.serving.Load()
+		if step != upgrade && step != "" {
+			p.faults = append(p.faults, event{time.Now(), step})
+		}
 		switch step {
 		case upgrade:
 			err = d.upgrade()
 		case killed:
-			err = d.killParent(load)
+			err = d.killParent(clients)
 		case takenOver:
 			err = d.takeOver()
 		case probation:
 			var reason string
-			reason, err = d.failProbation(load)
+			reason, err = d.failProbation(clients)
 			r.FailedUpgrades = append(r.FailedUpgrades, failedUpgrade{step, reason, old.Number})
 			step += "; " + reason
 		case crash, hang, missing:
@@ -132,24 +144,26 @@ func tour(ctx context.Context) (*report, error) {
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", step, err)
+			return nil, nil, fmt.Errorf("%s: %w", step, err)
 		}
 		g := d.serving.Load()
 		out.say("%s: generation %d, process %d, serves", step, g.Number, g.PID)
 	}
-	load.end()
+	clients.end()
 	out.say("stopping generation %d", d.serving.Load().Number)
 	if err := d.stop(); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var failures []failure
-	if r.Web, failures, err = tourWeb(ctx, d.dir, out.say); err != nil {
-		return nil, fmt.Errorf("the web server: %w", err)
+	p.generations, p.answers = d.generations, clients.answers
+	var web *load
+	if r.Web, web, err = tourWeb(ctx, d.dir, out, p); err != nil {
+		return nil, nil, fmt.Errorf("the web server: %w", err)
 	}
-	r.count(d.generations, load)
-	r.countWeb(failures)
+	p.webAnswers = web.answers
+	r.count(d.generations, clients)
+	r.countWeb(web.failures)
 	r.Seconds = ms(time.Since(began)) / 1000
-	return r, nil
+	return r, p, nil
 }
 
 // What happens to the daemon, in the words of the report.
@@ -187,6 +201,9 @@ type failedUpgrade struct {
 // count enters what the clients saw.
 func (r *report) count(list []*generation, l *load) {
 	r.Generations = list
+	for _, a := range l.answers {
+		list[a.by].Answered++
+	}
 	for _, f := range l.failures {
 		if g := killer(list, f); g != nil {
 			g.InHands++
@@ -226,13 +243,20 @@ func (r *report) countWeb(failures []failure) {
 }
 
 // killer returns the killed process that had accepted the connection that has
-// failed, if one may have: nobody can answer then. Who connected after its
-// death has no excuse. Who connected while it took over may have been accepted
-// by it before this program read that it was ready.
+// failed, if one may have: nobody can answer then. A client that has not been
+// told who serves it, and has connected after the death, has no excuse. One that
+// has connected while the process took over may have been accepted by it before
+// this program read that it was ready.
 func killer(list []*generation, f failure) *generation {
 	for _, g := range list {
 		before := g.Number - 1
-		if g.Killed && f.began.Before(g.died) && (f.generation == g || f.generation.Number == before && f.began.After(g.began)) {
+		switch {
+		case !g.Killed:
+		case f.by != unknown:
+			if f.by == g.Number {
+				return g
+			}
+		case f.began.Before(g.died) && (f.generation == g || f.generation.Number == before && f.began.After(g.began)):
 			return g
 		}
 	}
@@ -259,56 +283,6 @@ func (r *report) print() {
 		fmt.Println("failed:", e)
 	}
 	fmt.Printf("verdict after %.1f s: %s\n", r.Seconds, r.Verdict)
-}
-
-// A progress tells what happens on standard error: a line for each step and,
-// on a terminal, one that changes below them.
-type progress struct {
-	live bool
-	done chan struct{}
-	wg   sync.WaitGroup
-	mu   sync.Mutex
-}
-
-func newProgress(d *daemon, l *load) *progress {
-	fi, err := os.Stderr.Stat()
-	p := &progress{live: err == nil && fi.Mode()&os.ModeCharDevice != 0, done: make(chan struct{})}
-	if !p.live {
-		return p
-	}
-	p.wg.Go(func() {
-		tick := time.NewTicker(100 * time.Millisecond)
-		defer tick.Stop()
-		for {
-			select {
-			case <-p.done:
-				return
-			case <-tick.C:
-			}
-			if g := d.serving.Load(); g != nil {
-				answered, broken := l.totals()
-				p.print("generation %d, process %d: %d answered, %d broken", g.Number, g.PID, answered, broken)
-			}
-		}
-	})
-	return p
-}
-
-func (p *progress) say(format string, args ...any) { p.print(format+"\n", args...) }
-
-func (p *progress) print(format string, args ...any) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.live {
-		format = "\r\x1b[K" + format
-	}
-	fmt.Fprintf(os.Stderr, format, args...)
-}
-
-func (p *progress) end() {
-	close(p.done)
-	p.wg.Wait()
-	p.print("")
 }
 
 // ms returns d in milliseconds with one decimal.

@@ -53,7 +53,8 @@ func leavesNothing(t *testing.T, temp string, pids ...int) {
 
 func TestDemo(t *testing.T) {
 	t.Parallel()
-	cmd, temp := demo(t, "-json")
+	svg := filepath.Join(t.TempDir(), "tour.svg")
+	cmd, temp := demo(t, "-json", "-svg", svg)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -97,7 +98,57 @@ func TestDemo(t *testing.T) {
 	if w := r.Web; w.Upgrades != 5 || w.Answered < 3000 || w.Failed != 0 {
 		t.Errorf("the web server: %+v; want 5 upgrades and 3000 requests or more", w)
 	}
+	b, err := os.ReadFile(svg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"tcp", "unix", "http", crash, hang, missing, killed, takenOver, probation} {
+		if !strings.Contains(string(b), ">"+want+"<") {
+			t.Errorf("no %q in the picture", want)
+		}
+	}
 	leavesNothing(t, temp, pids...)
+}
+
+// On a terminal a line changes below those that stay. Elsewhere lines are all
+// there is.
+func TestProgress(t *testing.T) {
+	t.Parallel()
+	for _, live := range []bool{false, true} {
+		f, err := os.Create(filepath.Join(t.TempDir(), "out"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := newProgress(f)
+		p.live = live
+		p.follow(func() string { return "status" })
+		p.say("one")
+		p.end()
+		f.Close()
+		want := "one\n"
+		if live {
+			want = "\r\x1b[Kone\nstatus\r\x1b[K"
+		}
+		if got, err := os.ReadFile(f.Name()); err != nil || string(got) != want {
+			t.Errorf("live %v: %q, %v; want %q", live, got, err, want)
+		}
+	}
+}
+
+// The picture has who served when, and an answer of each place once.
+func TestPicture(t *testing.T) {
+	t.Parallel()
+	began := time.Now()
+	at := func(s float64) time.Time { return began.Add(time.Duration(s * float64(time.Second))) }
+	p := &picture{began: began,
+		generations: []*generation{{served: at(1)}, {Number: 1, served: at(2), Killed: true, died: at(3)}, {Number: 2, served: at(4)}},
+		answers:     []answer{{at(1), "tcp", 0}, {at(1.0001), "tcp", 0}, {at(1.5), "unix", 0}, {at(5), "tcp", 2}},
+		faults:      []event{{at(2.5), killed}}}
+	plot := p.figure().Plots[0]
+	bars, tcp, unix := plot.Series[0].Points, plot.Series[1].Points, plot.Series[2].Points
+	if len(bars) != 6 || bars[1].X != 2 || bars[3].X != 3 || bars[5].X != 5 || len(tcp) != 2 || len(unix) != 1 || len(plot.Marks) != 1 || plot.Marks[0].Name != killed {
+		t.Errorf("bars %v, tcp %v, unix %v, marks %v", bars, tcp, unix, plot.Marks)
+	}
 }
 
 // A failed request, and nothing but that, spoils the verdict; the killed
@@ -112,10 +163,12 @@ func TestVerdict(t *testing.T) {
 		f                     failure
 		answered, failed, hit int
 	}{
-		{"the killed one's", failure{victim, before, errors.New("reset")}, 20, 0, 1},
-		{"after its death", failure{victim, after, errors.New("reset")}, 20, 1, 0},
-		{"of another", failure{good, before.Add(-time.Hour), errors.New("reset")}, 20, 1, 0},
-		{"accepted while it took over", failure{good, before, errors.New("reset")}, 20, 0, 1},
+		{"the killed one's", failure{victim, unknown, before, errors.New("reset")}, 20, 0, 1},
+		{"after its death", failure{victim, unknown, after, errors.New("reset")}, 20, 1, 0},
+		{"of another", failure{good, unknown, before.Add(-time.Hour), errors.New("reset")}, 20, 1, 0},
+		{"accepted by it, as it has said", failure{good, 1, before.Add(-time.Hour), errors.New("reset")}, 20, 0, 1},
+		{"accepted by another, as that has said", failure{victim, 0, before, errors.New("reset")}, 20, 1, 0},
+		{"accepted while it took over", failure{good, unknown, before, errors.New("reset")}, 20, 0, 1},
 	} {
 		g, v := *good, *victim
 		if c.f.generation == good {

@@ -20,17 +20,18 @@ type webReport struct {
 }
 
 // tourWeb replaces a web server under clients that keep their connections, and
-// try no request twice. Whatever it started has ended when it returns.
-func tourWeb(ctx context.Context, dir string, say func(string, ...any)) (r webReport, failures []failure, err error) {
+// try no request twice. Whatever it started has ended when it returns. It
+// enters what happens in p, and returns its clients.
+func tourWeb(ctx context.Context, dir string, out *progress, p *picture) (r webReport, l *load, err error) {
 	path := func(name string) string { return filepath.Join(dir, name) }
 	program := path("httpd")
-	say("building examples/httpd")
+	out.say("building examples/httpd")
 	if err := build(ctx, program, httpdPackage); err != nil {
-		return r, nil, err
+		return r, l, err
 	}
 	control := path("web")
 	if err := os.Mkdir(control, 0o700); err != nil {
-		return r, nil, err
+		return r, l, err
 	}
 	request := func(name string) (string, error) {
 		out, err := exec.CommandContext(ctx, program, "-request", filepath.Join(control, name)).CombinedOutput()
@@ -41,45 +42,50 @@ func tourWeb(ctx context.Context, dir string, say func(string, ...any)) (r webRe
 	}
 
 	d := &daemon{ctx: ctx, log: make(chan string, 1000)}
-	l := &load{stopped: make(chan struct{})}
+	l = &load{stopped: make(chan struct{})}
 	defer l.end()
 	defer d.cleanUp()
 	if err := d.launch(exec.Command(program, "-addr", "127.0.0.1:0", "-control", control)); err != nil {
-		return r, nil, err
+		return r, l, err
 	}
 	d.stderr.Close() // so that it ends with the last process
 	addr, err := d.await(`listening on (\S+)$`)
 	if err != nil {
-		return r, nil, err
+		return r, l, err
 	}
-	say("a web server at %s, process %d", addr, d.cmd.Process.Pid)
+	out.say("a web server at %s, process %d", addr, d.cmd.Process.Pid)
 	for range 4 {
 		l.webClient(addr, 0)
 		l.webClient(addr, 20*time.Millisecond)
 	}
+	out.follow(func() string {
+		answered, broken := l.totals()
+		return fmt.Sprintf("the web server: %d answered, %d broken", answered, broken)
+	})
 	for range 5 {
 		if err := l.more(ctx, 500); err != nil {
-			return r, nil, err
+			return r, l, err
 		}
+		p.web = append(p.web, event{time.Now(), ""})
 		answer, err := request("upgrade")
 		if err != nil {
-			return r, nil, err
+			return r, l, err
 		}
 		r.Upgrades++
-		say("upgrade of the web server: %s", answer[:len(answer)-1])
+		out.say("upgrade of the web server: %s", answer[:len(answer)-1])
 	}
 	if err := l.more(ctx, 500); err != nil {
-		return r, nil, err
+		return r, l, err
 	}
 	l.end()
 	if _, err := request("stop"); err != nil {
-		return r, nil, err
+		return r, l, err
 	}
 	if _, err := d.await(""); err != nil {
-		return r, nil, err
+		return r, l, err
 	}
 	r.Answered, r.Failed = l.totals()
-	return r, l.failures, d.cmd.Wait()
+	return r, l, d.cmd.Wait()
 }
 
 // webClient makes requests on one connection until an answer says that it is
@@ -91,12 +97,12 @@ func (l *load) webClient(addr string, pause time.Duration) {
 			began := time.Now()
 			c, err := dial("tcp", addr)
 			if err != nil {
-				l.count(g, began, err)
+				l.fail(failure{g, unknown, began, err})
 				continue
 			}
 			for last := false; !last && err == nil && !l.over(); time.Sleep(pause) {
 				last, err = c.get(addr)
-				l.count(g, began, err)
+				l.count("http", c, g, began, err)
 			}
 			c.Close()
 		}
@@ -104,7 +110,7 @@ func (l *load) webClient(addr string, pause time.Duration) {
 }
 
 // get makes a request and reports whether the connection ends with its answer.
-func (c conn) get(host string) (last bool, err error) {
+func (c *conn) get(host string) (last bool, err error) {
 	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
 		return false, err
 	}
@@ -119,8 +125,8 @@ func (c conn) get(host string) (last bool, err error) {
 	if resp.StatusCode != http.StatusOK {
 		return false, fmt.Errorf("status %s", resp.Status)
 	}
-	var pid, generation int
-	if _, err := fmt.Fscanf(resp.Body, "pid=%d generation=%d\n", &pid, &generation); err != nil {
+	var pid int
+	if _, err := fmt.Fscanf(resp.Body, "pid=%d generation=%d\n", &pid, &c.by); err != nil {
 		return false, fmt.Errorf("the body of the answer: %w", err)
 	}
 	return resp.Close, nil

@@ -50,7 +50,8 @@ var (
 	timeout  = flag.Duration("timeout", ecdysis.DefaultUpgradeTimeout, "longest `time` that a new process may take to become ready")
 	standBy  = flag.Duration("probation", 0, "`time` in which the old process serves again if the new one ends")
 
-	unit = flag.String("unit", "", "`name` of the container, pod or unit that this process belongs to; empty for none")
+	greet = flag.Bool("greet", false, "tell each client first which process serves it")
+	unit  = flag.String("unit", "", "`name` of the container, pod or unit that this process belongs to; empty for none")
 
 	askUpgrade = flag.Bool("upgrade", false, "make the process that runs with this -control upgrade itself, and exit")
 	askStop    = flag.Bool("stop", false, "make the process that runs with this -control stop, and exit")
@@ -142,6 +143,12 @@ func run() error {
 	}
 
 	srv := &drain.Server{Handler: echo}
+	if *greet {
+		srv.Handler = func(c net.Conn) {
+			fmt.Fprintf(c, "pid=%d generation=%d\n", os.Getpid(), u.Generation())
+			echo(c)
+		}
+	}
 	for _, ln := range listeners {
 		go srv.Serve(ln) // until Shutdown, because nothing else ends Accept
 	}
