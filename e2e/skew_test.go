@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"testing"
@@ -106,6 +107,44 @@ func TestNewerVersion(t *testing.T) {
 		p.Ended()
 		c.HasFiles()
 	})
+	for name, pair := range map[string][2]step{"to the later one": {now, later}, "to the older one": {later, now}} {
+		t.Run("a stop that is passed on "+name, func(t *testing.T) {
+			t.Parallel()
+			spec := carrying().Probation(time.Hour)
+			spec.Wait = true
+			c := proctest.New(t, spec)
+			p := c.Start(program(pair[0].path))
+			a := p.BeginUpgrade(proctest.Successor{Path: pair[1].path})
+			n := a.Successor()
+			n.At(proctest.AtServing)
+			proctest.CallStop.Begin(p)
+			if e := n.WaitReturned(); e.Kind != ecdysis.EventStopping || !e.PassedOn {
+				t.Errorf("Wait returned %v; want a stop that was passed on", e)
+			}
+			n.Ended()
+			p.Ended()
+			c.HasFiles()
+		})
+		t.Run("a failed upgrade "+name, func(t *testing.T) {
+			t.Parallel()
+			good := carrying().Probation(time.Hour)
+			c := proctest.New(t, good, good.At(proctest.AtListened, proctest.Fail("no paper")), good)
+			p := c.Start(program(pair[0].path))
+			l := p.Load(1)
+			f := p.FailUpgrade(ecdysis.StepInit, nil, proctest.Successor{Path: pair[1].path})
+			proctest.Want(t, f, nil, "it says: no paper")
+			p.Serves()
+			// The next one is killed in its probation.
+			a := p.BeginUpgrade(proctest.Successor{Path: pair[1].path})
+			n := a.Successor()
+			n.At(proctest.AtServing)
+			l.Check() // before it dies with a client in its hands
+			n.Kill()
+			a.Fails(ecdysis.StepProbation, io.ErrUnexpectedEOF)
+			p.Serves()
+			p.HasPIDFile()
+		})
+	}
 	t.Run("requests", func(t *testing.T) {
 		t.Parallel()
 		spec := carrying()
