@@ -253,11 +253,11 @@ it. If the old process is killed after the new one was started, the new one serv
 
 Two things are not made good:
 
-- A program that shuts down or closes the stream between the two, by a descriptor that is not its own, makes the new process take the old
-  one for dead. A successor that was started by the old process is ended within a second. A process that is taking over is not, and
+- A program that shuts down or closes the stream between the two, by a descriptor that is not its own, makes the new process take the
+  old one for dead. A successor that the old process has started is ended within a second. A process that is taking over is not, and
   both serve then. End the one that you do not want.
-- A signal to stop that comes to the old process at the very end of an upgrade can be lost, if the goroutine that has received it does not
-  run until the upgrade is over. The old process then ends as one that was replaced. Send the signal to the new one.
+- A signal to stop that the old process gets when the upgrade is just over is for the old process alone. Send such signals to the
+  process that the PID file names, and look whether that has ended.
 
 ## What follows in each case
 

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -64,6 +65,17 @@ var watchSignals = proctest.Define("faults: watch signals", func(d *proctest.Dae
 			d.Point(atSignal)
 		}
 	}()
+	return proctest.None{}, nil
+})
+
+// signalsDelivered returns when os/signal waits for the next signal, so that
+// every channel has got the last one. Nothing but its goroutine's stack tells
+// that.
+var signalsDelivered = proctest.Define("faults: signals delivered", func(*proctest.Daemon, proctest.None) (proctest.None, error) {
+	waits := regexp.MustCompile(`\[syscall[^\n]*\n[^\n]*os/signal\.signal_recv\(`)
+	for stacks := make([]byte, 1<<20); !waits.Match(stacks[:runtime.Stack(stacks, true)]); {
+		time.Sleep(time.Millisecond)
+	}
 	return proctest.None{}, nil
 })
 
@@ -369,8 +381,11 @@ func (x *faultRun) stopPredecessor(s stopping) {
 		x.p.At(atStopped)
 	default:
 		x.p.At(atSignal)
-		if x.c.at <= committed {
-			x.p.InWait() // so that it has acted on the signal
+		if x.c.at == inPrepare || x.c.at == readied || x.c.at == committed {
+			// The processes are let go on, and must not be before it has acted
+			// on the signal.
+			signalsDelivered.On(x.p)
+			x.p.InWait()
 		}
 	}
 	x.goOnStopped()
