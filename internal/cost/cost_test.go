@@ -21,6 +21,8 @@ old
 Between.
 <!-- table listener -->
 <!-- end -->
+<!-- table stage -->
+<!-- end -->
 <!-- table calls -->
 <!-- end -->
 <!-- table latency -->
@@ -43,6 +45,13 @@ func TestMeasure(t *testing.T) {
 	for _, u := range r.Upgrades {
 		if u.Took <= 0 || u.ForkExec <= 0 || u.Ratio <= 0 || u.Silent <= 0 || (u.Net > 0) != (u.Listeners > 1) {
 			t.Errorf("%+v", u)
+		}
+		sum := 0.0
+		for _, d := range u.Stages {
+			sum += d
+		}
+		if u.Pairs == 1 && sum != u.Took {
+			t.Errorf("the stages take %v, and the upgrade %v", u.Stages, u.Took)
 		}
 	}
 	for _, c := range r.Calls {

@@ -61,14 +61,14 @@ func measureLatency(ctx context.Context, program string, events, rate int) (upgr
 				return err
 			}
 			at = append(at, time.Since(p.start))
-			var d, quiet int64
+			var d, quiet, began int64
 			if i%2 == 1 {
 				if err := g.order('x', &d); err != nil {
 					return err
 				}
 				continue
 			}
-			if err := g.order('u', &d, &quiet); err != nil {
+			if err := g.order('u', &d, &quiet, &began); err != nil {
 				return err
 			}
 			s, err := c.next()

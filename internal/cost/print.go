@@ -77,6 +77,19 @@ func (r *Result) tables() []*table {
 			each.add(fmt.Sprint(u.Listeners), micros(further), micros(alone), ratio(further/alone))
 		}
 	}
+	stage := &table{name: "stage"}
+	head := []string{"listeners"}
+	for _, u := range r.Upgrades {
+		head = append(head, fmt.Sprint(u.Listeners))
+	}
+	stage.add(head...)
+	for i, what := range stages {
+		row := []string{what}
+		for _, u := range r.Upgrades {
+			row = append(row, micros(u.Stages[i]))
+		}
+		stage.add(row...)
+	}
 	calls := &table{name: "calls"}
 	calls.add("call", "here", "net", "ratio", "pairs")
 	for _, c := range r.Calls {
@@ -103,7 +116,7 @@ func (r *Result) tables() []*table {
 		row = append(row, ratio(float64(values[0][i])/float64(values[1][i])))
 	}
 	latency.add(append(row, "", "")...)
-	list := []*table{upgrade, each, calls, latency}
+	list := []*table{upgrade, each, stage, calls, latency}
 	if r.Sizes != nil {
 		list = append(list, r.sizes())
 	}

@@ -30,8 +30,9 @@ type chain struct {
 type generation struct {
 	c    net.Conn
 	r    *bufio.Reader
-	open int64  // when it was ready, in nanoseconds
 	addr string // of its first listener
+
+	open, started, inherited, listening int64 // moments, in nanoseconds
 }
 
 // startChain runs the first generation.
@@ -67,7 +68,7 @@ func (c *chain) next() (*generation, error) {
 		return nil, err
 	}
 	g := &generation{c: conn, r: bufio.NewReader(conn)}
-	if err := g.answer(&g.open, &g.addr); err != nil {
+	if err := g.answer(&g.open, &g.started, &g.inherited, &g.listening, &g.addr); err != nil {
 		conn.Close()
 		return nil, err
 	}
@@ -117,6 +118,16 @@ type Upgrade struct {
 	Ratio          float64 // median of the pairs' ratios
 	Net            float64 // net alone, for all listeners
 	Silent         float64 // nobody accepts
+	Stages         [len(stages)]float64
+}
+
+// stages are where an upgrade's time goes, one after the other.
+var stages = [...]string{
+	"prepare, fork, exec, start of the runtime",
+	"New: what is handed on arrives",
+	"Listen",
+	"Ready, until all listeners of the predecessor are paused",
+	"the handover, until Upgrade returns",
 }
 
 // Floor is what an upgrade cannot cost less than: the process and the sockets.
@@ -132,12 +143,13 @@ func measureUpgrade(ctx context.Context, program string, listeners, pairs int) (
 	}
 	defer func() { err = errors.Join(err, c.end(g)) }()
 	var took, forkExec, ratios, alone, silent []float64
-	var d, quiet int64
+	var times [len(stages)][]float64
+	var d, quiet, began int64
 	upgrade := func() error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := g.order('u', &d, &quiet); err != nil {
+		if err := g.order('u', &d, &quiet, &began); err != nil {
 			return err
 		}
 		s, err := c.next()
@@ -173,9 +185,17 @@ func measureUpgrade(ctx context.Context, program string, listeners, pairs int) (
 		took, forkExec = append(took, float64(d)), append(forkExec, float64(bare))
 		ratios = append(ratios, float64(d)/float64(bare))
 		silent = append(silent, float64(g.open-quiet))
+		moments := [...]int64{began, g.started, g.inherited, g.listening, quiet, began + d}
+		for i := range stages {
+			times[i] = append(times[i], float64(moments[i+1]-moments[i]))
+		}
 	}
-	return Upgrade{Listeners: listeners, Pairs: pairs, Took: median(took), ForkExec: median(forkExec), Ratio: median(ratios),
-		Net: median(alone), Silent: median(silent)}, nil
+	u = Upgrade{Listeners: listeners, Pairs: pairs, Took: median(took), ForkExec: median(forkExec), Ratio: median(ratios),
+		Net: median(alone), Silent: median(silent)}
+	for i := range stages {
+		u.Stages[i] = median(times[i])
+	}
+	return u, nil
 }
 
 // A Call is a call beside that of package net, in nanoseconds.

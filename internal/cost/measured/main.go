@@ -22,6 +22,9 @@ import (
 	"github.com/ecdysis-go/ecdysis"
 )
 
+// started is the moment at which this program's own code begins.
+var started = time.Now()
+
 func main() {
 	n, err := strconv.Atoi(os.Args[len(os.Args)-1])
 	switch {
@@ -40,8 +43,8 @@ func main() {
 }
 
 // generation becomes ready with n listeners, of which the first is served, and
-// connects to hub. It sends a line with the moment at which it was ready, and
-// its address. For each order, a byte, it sends a line of numbers. It exits at
+// connects to hub. It sends a line with the moments at which it was ready, had
+// started, had what it inherits and had its listeners, and its address. For each order, a byte, it sends a line of numbers. It exits at
 // the end of the connection.
 func generation(hub string, n int) error {
 	var quiet time.Time // every listener was paused
@@ -56,6 +59,7 @@ func generation(hub string, n int) error {
 	if err != nil {
 		return err
 	}
+	inherited := time.Now()
 	var list []net.Listener
 	for i := range n {
 		ln, err := u.Listen("tcp", address(i))
@@ -64,6 +68,7 @@ func generation(hub string, n int) error {
 		}
 		list = append(list, ln)
 	}
+	listening := time.Now()
 	if err := u.Ready(); err != nil {
 		return err
 	}
@@ -73,7 +78,7 @@ func generation(hub string, n int) error {
 	if err != nil {
 		return err
 	}
-	if _, err := io.WriteString(c, line(open.UnixNano())+list[0].Addr().String()+"\n"); err != nil {
+	if _, err := io.WriteString(c, line(open.UnixNano(), started.UnixNano(), inherited.UnixNano(), listening.UnixNano())+list[0].Addr().String()+"\n"); err != nil {
 		return err
 	}
 	order := make([]byte, 1)
@@ -94,7 +99,7 @@ func generation(hub string, n int) error {
 			if err := u.Upgrade(); err != nil {
 				return err
 			}
-			answer = line(int64(time.Since(began)), quiet.UnixNano())
+			answer = line(int64(time.Since(began)), quiet.UnixNano(), began.UnixNano())
 		case 'n':
 			d, err := netListeners(n)
 			if err != nil {
