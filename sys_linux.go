@@ -148,9 +148,9 @@ func standsForOthers(uid int) bool {
 		if len(f) != 3 {
 			continue
 		}
-		first, err1 := strconv.Atoi(f[0])
-		count, err2 := strconv.Atoi(f[2])
-		if err1 == nil && err2 == nil && first <= uid && uid-first < count {
+		first, err1 := strconv.ParseInt(f[0], 10, 64) // the usual count is no int where that has 32 bits
+		count, err2 := strconv.ParseInt(f[2], 10, 64)
+		if id := int64(uid); err1 == nil && err2 == nil && first <= id && id-first < count {
 			return false
 		}
 	}
