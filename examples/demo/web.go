@@ -58,8 +58,9 @@ func tourWeb(ctx context.Context, dir string, out *progress, p *picture) (r webR
 		l.webClient(addr, 0)
 		l.webClient(addr, 20*time.Millisecond)
 	}
+	clients := l // a result must not be read while this function returns
 	out.follow(func() string {
-		answered, broken := l.totals()
+		answered, broken := clients.totals()
 		return fmt.Sprintf("the web server: %d answered, %d broken", answered, broken)
 	})
 	for range 5 {
