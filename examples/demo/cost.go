@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 
@@ -15,6 +16,9 @@ func measure(ctx context.Context, svg, page string) error {
 	r, err := cost.Measure(ctx, cost.UnderAMinute, say)
 	if err == nil && page != "" {
 		err = r.MeasureSizes(ctx, say)
+	}
+	if ctx.Err() != nil {
+		return errors.New("interrupted")
 	}
 	if err != nil {
 		return err

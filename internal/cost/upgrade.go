@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -45,6 +46,8 @@ func startChain(ctx context.Context, program string, listeners int) (*chain, *ge
 	c.cmd = exec.Command(program, "generation", hub.Addr().String(), fmt.Sprint(listeners))
 	c.cmd.Stderr = &c.log // of all generations: Wait waits until they have ended
 	c.cmd.WaitDelay = patience
+	// Ctrl-C is for the caller. The generations end with their connections.
+	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := c.cmd.Start(); err != nil {
 		hub.Close()
 		return nil, nil, err
