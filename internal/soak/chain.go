@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -40,8 +41,9 @@ type chain struct {
 	path string // a link to the program, which is what is started next
 	log  *history
 
-	leader int      // of the process group in which all are
-	stderr *os.File // for processes that the soak starts itself; nil: no more
+	leader int       // of the process group in which all are
+	held   io.Closer // ends the leader
+	stderr *os.File  // for processes that the soak starts itself; nil: no more
 	lines  chan line
 	wg     sync.WaitGroup // waits for those
 
@@ -71,6 +73,9 @@ func startChain(ctx context.Context, dir, probation string, log *history) (*chai
 		}
 	}()
 	err = errors.Join(c.plan("none", probation), c.install(true))
+	if err == nil {
+		err = c.lead()
+	}
 	if err == nil {
 		err = c.start()
 	}
@@ -107,6 +112,24 @@ func (c *chain) install(there bool) error {
 	return os.Rename(c.path+".new", c.path)
 }
 
+// lead starts a process that does nothing but lead the group. The system sends
+// SIGHUP, which requests an upgrade, to a group with a stopped process if its
+// last parent outside of the group is lost, as when the first process ends.
+func (c *chain) lead() error {
+	cmd := exec.Command("cat")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	c.leader, c.held = cmd.Process.Pid, in
+	c.wg.Go(func() { _ = cmd.Wait() })
+	return nil
+}
+
 // start runs a process of the soak's own: the first, or one that takes over.
 func (c *chain) start() error {
 	cmd := exec.Command(c.path, c.dir)
@@ -114,9 +137,6 @@ func (c *chain) start() error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pgid: c.leader}
 	if err := cmd.Start(); err != nil {
 		return err
-	}
-	if c.leader == 0 {
-		c.leader = cmd.Process.Pid
 	}
 	c.wg.Go(func() { _ = cmd.Wait() })
 	return nil
@@ -197,6 +217,7 @@ func (c *chain) ended() error {
 		select {
 		case _, ok := <-c.lines:
 			if !ok {
+				c.held.Close()
 				c.wg.Wait()
 				return nil
 			}
@@ -221,6 +242,9 @@ func (c *chain) kill() {
 			}
 			_, open = <-c.lines
 		}
+	}
+	if c.held != nil {
+		c.held.Close()
 	}
 	c.wg.Wait()
 }

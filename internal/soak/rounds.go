@@ -141,7 +141,9 @@ func (s *soak) round(kind string) error {
 		s.standsBy = stoodBy
 		_, err = c.await(says(old, "upgrade failed"))
 	case kind == "predecessor is killed":
-		err = s.replaced()
+		if err = s.replaced(); err == nil {
+			err = s.alone()
+		}
 	default:
 		err = s.replaced(says(old, "upgraded"))
 	}
@@ -151,6 +153,28 @@ func (s *soak) round(kind string) error {
 		}
 	}
 	return errors.Join(err, c.install(true))
+}
+
+// alone waits until the process that serves knows of the end of its predecessor,
+// which the system tells some time after SIGKILL. Until then it may refuse an
+// upgrade, because the predecessor may stand by. What it is asked for is an
+// upgrade that Prepare refuses.
+func (s *soak) alone() error {
+	if err := s.chain.plan("veto", s.probation()); err != nil {
+		return err
+	}
+	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		told := <-s.request("upgrade")
+		if _, err := s.chain.await(says(s.chain.serving, "upgrade failed")); err != nil {
+			return err
+		}
+		if told == nil || !strings.Contains(told.Error(), "an upgrade is in progress") {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("not within %v: process %d knows of the end of its predecessor", patience, s.chain.serving)
+		}
+	}
 }
 
 // replaced waits until a new process serves, and the other lines have come.
