@@ -160,7 +160,7 @@ func (s *soak) round(kind string) error {
 // upgrade, because the predecessor may stand by. What it is asked for is an
 // upgrade that Prepare refuses.
 func (s *soak) alone() error {
-	if err := s.chain.plan("veto", s.probation()); err != nil {
+	if err := s.chain.plan("veto", "0s"); err != nil {
 		return err
 	}
 	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
