@@ -33,6 +33,7 @@ import (
 	"log"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"syscall"
 	"time"
@@ -61,6 +62,10 @@ func main() {
 	flag.Parse()
 	log.SetPrefix(fmt.Sprintf("echod[%d] ", os.Getpid()))
 	log.SetFlags(log.Ltime | log.Lmicroseconds | log.Lmsgprefix)
+	// The reader of the log may go while clients are served, as a supervisor's pipe
+	// does with the process that it has started. Without this call SIGPIPE would
+	// then end the service at its next log line.
+	signal.Ignore(syscall.SIGPIPE)
 	act := run
 	if *askUpgrade || *askStop {
 		act = ask

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -421,6 +422,37 @@ func TestStop(t *testing.T) {
 	d.stop(d.ready(0))
 	if state := d.Wait(); !state.Success() {
 		t.Fatalf("exit after SIGTERM: %v", state)
+	}
+}
+
+// The reader of the log goes, and the service stays.
+func TestLogReaderGoes(t *testing.T) {
+	t.Parallel()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	control := proctest.ShortDir(t)
+	cmd := exec.Command(build(t), "-unix", filepath.Join(control, "sock"), "-tcp", "", "-control", control)
+	cmd.Stderr = w
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	for s := bufio.NewScanner(r); s.Scan() && !strings.Contains(s.Text(), "ready: "); {
+	}
+	r.Close()
+	for generation, socket := range []string{1: "upgrade", 2: "upgrade", 3: "stop"} {
+		if socket == "" {
+			continue
+		}
+		reply, err := ecdysis.Request(t.Context(), filepath.Join(control, socket))
+		if want := min(generation, 2); err != nil || reply.Generation != want {
+			t.Errorf("%s: %v, %v; want generation %d", socket, reply, err, want)
+		}
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("the first process: %v", err)
 	}
 }
 

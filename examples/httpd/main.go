@@ -31,6 +31,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"syscall"
 	"time"
 
@@ -53,6 +54,10 @@ func main() {
 	flag.Parse()
 	log.SetPrefix(fmt.Sprintf("httpd[%d] ", os.Getpid()))
 	log.SetFlags(log.Ltime | log.Lmicroseconds | log.Lmsgprefix)
+	// The reader of the log may go while clients are served, as a supervisor's pipe
+	// does with the process that it has started. Without this call SIGPIPE would
+	// then end the service at its next log line.
+	signal.Ignore(syscall.SIGPIPE)
 	if err := run(); err != nil {
 		log.Fatal(err)
 	}
