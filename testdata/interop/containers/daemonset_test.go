@@ -63,7 +63,7 @@ func TestDaemonSet(t *testing.T) {
 	// becomes ready, so that the old pod stays.
 	bad := pod(t, dir, "bad", "-drain", "-1s")
 	for range 3 {
-		bad.Await("-drain is not negative")
+		bad.Await("that is not negative")
 		ended(t, bad.Program, 1)
 		a.Await("upgrade failed by socket")
 		e.more(5)

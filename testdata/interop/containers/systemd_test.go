@@ -2,6 +2,7 @@ package containers
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -136,6 +137,7 @@ var mydaemon = proctest.DefineRole("mydaemon", func() {
 		log.Fatal(err)
 	}
 	u.Wait()
+	log.Print("drains")
 	_ = srv.Shutdown(context.Background())
 })
 
@@ -235,6 +237,13 @@ func tryStop(unit string, stop, ended bool) error {
 	defer last.Close()
 	if err := old.served(); err != nil || old.generation != 0 || last.generation != 1 {
 		return fmt.Errorf("generations %d and %d, %w", old.generation, last.generation, err)
+	}
+	// Before its Wait has returned the old process catches SIGTERM.
+	if err := until("the old process drains", func() bool {
+		out, _ := exec.Command("journalctl", "-u", unit).Output()
+		return bytes.Contains(out, []byte("drains"))
+	}); err != nil {
+		return err
 	}
 	stopped := make(chan error, 1)
 	go func() { stopped <- systemctl("stop", unit) }()
