@@ -66,11 +66,16 @@ func (g *gate) pass(f func() error) error {
 			}
 			continue
 		}
-		err := f()
-		if err == nil || g.epoch.Load() == epoch || !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, net.ErrClosed) {
+		if err := f(); !g.interrupted(epoch, err) {
 			return err
 		}
 	}
+}
+
+// interrupted reports whether a call that began in this epoch has failed because
+// of the package.
+func (g *gate) interrupted(epoch uint64, err error) bool {
+	return err != nil && g.epoch.Load() != epoch && (errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed))
 }
 
 // sleep waits until the epoch or the limit is over; a limit of 0 is none. It
