@@ -87,7 +87,8 @@ type Clients struct {
 	// served.
 	Resumes bool
 	// Killed says how many processes are killed. Each may take one connection
-	// of each client with it, but no client may be refused or left waiting.
+	// or packet of each client with it. No client may be refused, and none of a
+	// connection may be left waiting.
 	Killed int
 }
 
@@ -179,9 +180,10 @@ func (l *Load) fail(a Addr, err error) {
 	l.failures = append(l.failures, fmt.Sprintf("%v: %v", a, err))
 }
 
-// lose counts a connection that was accepted by the system and not served.
+// lose counts a connection that was accepted by the system and not served. Of a
+// packet that a killed process had received, its client hears nothing.
 func (l *Load) lose(a Addr, err error) {
-	if l.clients.Killed == 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+	if l.clients.Killed == 0 || errors.Is(err, os.ErrDeadlineExceeded) && !a.packets() {
 		l.fail(a, err)
 		return
 	}
