@@ -1,13 +1,13 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"os/signal"
 	"slices"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -493,20 +493,19 @@ func (x *faultRun) stallLog() {
 		x.Fatal(err)
 	}
 	<-x.logRead
-	for {
-		if err := x.log.SetWriteDeadline(time.Now().Add(20 * time.Millisecond)); err != nil {
-			x.Fatal(err)
-		}
-		if _, err := x.log.Write([]byte(strings.Repeat("x", 4096))); err != nil {
-			break
-		}
+	raw, err := x.log.SyscallConn()
+	if err != nil {
+		x.Fatal(err)
 	}
-	for { // what is left of a page
-		if err := x.log.SetWriteDeadline(time.Now().Add(20 * time.Millisecond)); err != nil {
-			x.Fatal(err)
-		}
-		if _, err := x.log.Write([]byte("x")); err != nil {
-			return
+	for _, size := range []int{4096, 1} { // the bytes fill what is left of a page
+		var werr error
+		if err := raw.Write(func(fd uintptr) bool {
+			for werr == nil {
+				_, werr = syscall.Write(int(fd), make([]byte, size))
+			}
+			return true
+		}); err != nil || !errors.Is(werr, syscall.EAGAIN) {
+			x.Fatalf("fill the log: %v, %v", err, werr)
 		}
 	}
 }
