@@ -123,8 +123,8 @@ func checkName(name string) error {
 
 func duplicate(fd int) (int, error) {
 	for {
-		n, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
-		if err != unix.EINTR {
+		n, err := unix.FcntlInt(uintptr(fd), syscall.F_DUPFD_CLOEXEC, 0)
+		if err != syscall.EINTR {
 			return n, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
 		}
 	}
@@ -132,11 +132,11 @@ func duplicate(fd int) (int, error) {
 
 // checkConn returns an error that says why net cannot make a connection of fd.
 func checkConn(fd int) error {
-	typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	typ, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE)
 	if err != nil {
 		return os.NewSyscallError("getsockopt", err)
 	}
-	sa, err := unix.Getsockname(fd)
+	sa, err := syscall.Getsockname(fd)
 	if err != nil || networkOf(typ, sa) == "" {
 		return errors.New("it is a socket of a kind that net has no connections for; AddFile moves it as a file")
 	}
@@ -146,7 +146,7 @@ func checkConn(fd int) error {
 // recognize makes w a listener or a socket for packets if fd is one that clients
 // find by its address.
 func (w *wire) recognize(fd int) {
-	typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	typ, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE)
 	if err != nil {
 		return
 	}
@@ -154,9 +154,9 @@ func (w *wire) recognize(fd int) {
 	if err != nil || key == "" {
 		return
 	}
-	_, perr := unix.Getpeername(fd)
+	_, perr := syscall.Getpeername(fd)
 	kind := kindPacket
-	if typ != unix.SOCK_DGRAM {
+	if typ != syscall.SOCK_DGRAM {
 		kind = kindListener
 		if yes, err := isListening(fd); err == nil && !yes {
 			return
@@ -166,7 +166,7 @@ func (w *wire) recognize(fd int) {
 		return
 	}
 	switch sa := sa.(type) {
-	case *unix.SockaddrUnix:
+	case *syscall.SockaddrUnix:
 		if sa.Name == "" {
 			return
 		}
@@ -174,16 +174,16 @@ func (w *wire) recognize(fd int) {
 			if w.path, err = absolute(sa.Name); err != nil {
 				return
 			}
-			var st unix.Stat_t
-			if unix.Stat(w.path, &st) == nil {
+			var st syscall.Stat_t
+			if syscall.Stat(w.path, &st) == nil {
 				w.dev, w.ino = uint64(st.Dev), uint64(st.Ino)
 			}
 		}
-	case *unix.SockaddrInet4:
+	case *syscall.SockaddrInet4:
 		if sa.Port == 0 {
 			return
 		}
-	case *unix.SockaddrInet6:
+	case *syscall.SockaddrInet6:
 		if sa.Port == 0 {
 			return
 		}
@@ -347,19 +347,19 @@ func (u *Upgrader) DatagramPair(name string) (toParent, toChild *net.UnixConn, e
 	if slices.ContainsFunc(u.reg.entries, func(e *entry) bool { return e.kind == kindPair && e.name == name }) {
 		return fail(errors.New("there is one with this name already"))
 	}
-	fds, err := socketpair(unix.SOCK_DGRAM)
+	fds, err := socketpair(syscall.SOCK_DGRAM)
 	if err != nil {
 		return fail(err)
 	}
 	if toChild, err = datagramEnd(fds[0]); err != nil {
-		unix.Close(fds[1])
+		syscall.Close(fds[1])
 		return fail(err)
 	}
 	e := u.reg.findName(kindPair, name)
 	if e != nil {
 		if toParent, err = datagramEnd(e.moveOut()); err != nil {
 			toChild.Close()
-			unix.Close(fds[1])
+			syscall.Close(fds[1])
 			return fail(err)
 		}
 	}

@@ -10,8 +10,7 @@ import (
 	"os"
 	"runtime"
 	"strconv"
-
-	"golang.org/x/sys/unix"
+	"syscall"
 )
 
 // What an address means: the network's sockets, where they are to be bound, and
@@ -22,15 +21,15 @@ import (
 func socketType(network string) (typ int, isUnix bool) {
 	switch network {
 	case "tcp", "tcp4", "tcp6":
-		return unix.SOCK_STREAM, false
+		return syscall.SOCK_STREAM, false
 	case "udp", "udp4", "udp6":
-		return unix.SOCK_DGRAM, false
+		return syscall.SOCK_DGRAM, false
 	case "unix":
-		return unix.SOCK_STREAM, true
+		return syscall.SOCK_STREAM, true
 	case "unixpacket":
-		return unix.SOCK_SEQPACKET, true
+		return syscall.SOCK_SEQPACKET, true
 	case "unixgram":
-		return unix.SOCK_DGRAM, true
+		return syscall.SOCK_DGRAM, true
 	}
 	return 0, false
 }
@@ -52,7 +51,7 @@ type bindAddr struct {
 	network string
 	typ     int
 	addr    net.Addr // *net.TCPAddr, *net.UDPAddr or *net.UnixAddr
-	sa      unix.Sockaddr
+	sa      syscall.Sockaddr
 	family  int
 	v6only  bool
 	path    string // absolute path of a Unix socket's file; empty if it has none
@@ -61,7 +60,7 @@ type bindAddr struct {
 // resolve returns what net.Listen would bind to.
 func resolve(network, address string) (*bindAddr, error) {
 	typ, isUnix := socketType(network)
-	a := &bindAddr{network: network, typ: typ, family: unix.AF_UNIX}
+	a := &bindAddr{network: network, typ: typ, family: syscall.AF_UNIX}
 	if isUnix {
 		return a, a.resolvePath(address)
 	}
@@ -79,7 +78,7 @@ func (a *bindAddr) resolvePath(address string) (err error) {
 	if abstract {
 		address = "@" + address[1:]
 	}
-	a.addr, a.sa = &net.UnixAddr{Net: a.network, Name: address}, &unix.SockaddrUnix{Name: address}
+	a.addr, a.sa = &net.UnixAddr{Net: a.network, Name: address}, &syscall.SockaddrUnix{Name: address}
 	if !abstract {
 		a.path, err = absolute(address)
 	}
@@ -90,7 +89,7 @@ func (a *bindAddr) resolveIP(address string) error {
 	var ip net.IP
 	var port int
 	var zone string
-	if a.typ == unix.SOCK_DGRAM {
+	if a.typ == syscall.SOCK_DGRAM {
 		u, err := net.ResolveUDPAddr(a.network, address)
 		if err != nil {
 			return err
@@ -108,12 +107,12 @@ func (a *bindAddr) resolveIP(address string) error {
 	ip4 := ip.To4()
 	wildcard := ip == nil || ip.IsUnspecified()
 	if !only6 && (ip == nil || ip4 != nil) && (only4 || !wildcard || !dualStack || !haveIPv6()) {
-		sa := &unix.SockaddrInet4{Port: port}
+		sa := &syscall.SockaddrInet4{Port: port}
 		copy(sa.Addr[:], ip4)
-		a.family, a.sa = unix.AF_INET, sa
+		a.family, a.sa = syscall.AF_INET, sa
 		return nil
 	}
-	sa := &unix.SockaddrInet6{Port: port}
+	sa := &syscall.SockaddrInet6{Port: port}
 	if !wildcard {
 		copy(sa.Addr[:], ip.To16())
 	}
@@ -123,17 +122,17 @@ func (a *bindAddr) resolveIP(address string) error {
 			return err
 		}
 	}
-	a.family, a.sa, a.v6only = unix.AF_INET6, sa, only6 || !dualStack
+	a.family, a.sa, a.v6only = syscall.AF_INET6, sa, only6 || !dualStack
 	return nil
 }
 
 // haveIPv6 reports whether the system has IPv6 at all.
 func haveIPv6() bool {
-	fd, err := newSocket(unix.AF_INET6, unix.SOCK_STREAM)
+	fd, err := newSocket(syscall.AF_INET6, syscall.SOCK_STREAM)
 	if err == nil {
-		unix.Close(fd)
+		syscall.Close(fd)
 	}
-	return !errors.Is(err, unix.EAFNOSUPPORT)
+	return !errors.Is(err, syscall.EAFNOSUPPORT)
 }
 
 func zoneID(zone string) (uint32, error) {
@@ -157,12 +156,12 @@ func (a *bindAddr) key() string {
 
 // boundKey returns the key of a bound address. It is equal for two sockets of
 // this type if each serves the clients of the other.
-func boundKey(typ int, sa unix.Sockaddr, v6only bool) string {
+func boundKey(typ int, sa syscall.Sockaddr, v6only bool) string {
 	network := networkOf(typ, sa)
 	switch sa := sa.(type) {
-	case *unix.SockaddrInet4:
+	case *syscall.SockaddrInet4:
 		return network + " " + netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port)).String()
-	case *unix.SockaddrInet6:
+	case *syscall.SockaddrInet6:
 		ip := netip.AddrFrom16(sa.Addr)
 		if v6only && ip.IsUnspecified() {
 			network += "6"
@@ -171,7 +170,7 @@ func boundKey(typ int, sa unix.Sockaddr, v6only bool) string {
 			ip = ip.WithZone(strconv.FormatUint(uint64(sa.ZoneId), 10))
 		}
 		return network + " " + netip.AddrPortFrom(ip, uint16(sa.Port)).String()
-	case *unix.SockaddrUnix:
+	case *syscall.SockaddrUnix:
 		return network + " " + sa.Name
 	}
 	return ""
@@ -179,8 +178,8 @@ func boundKey(typ int, sa unix.Sockaddr, v6only bool) string {
 
 // networkOf returns what net calls the sockets of a type and address family, or
 // "" if it has no name for them.
-func networkOf(typ int, sa unix.Sockaddr) string {
-	_, isUnix := sa.(*unix.SockaddrUnix)
+func networkOf(typ int, sa syscall.Sockaddr) string {
+	_, isUnix := sa.(*syscall.SockaddrUnix)
 	for _, network := range []string{"tcp", "udp", "unix", "unixpacket", "unixgram"} {
 		if t, u := socketType(network); t == typ && u == isUnix {
 			return network
@@ -191,16 +190,16 @@ func networkOf(typ int, sa unix.Sockaddr) string {
 
 // boundTo returns the address that a socket is bound to, and its key. The key
 // is empty if net has no name for the socket.
-func boundTo(fd, typ int) (sa unix.Sockaddr, key string, err error) {
-	if sa, err = unix.Getsockname(fd); err != nil {
+func boundTo(fd, typ int) (sa syscall.Sockaddr, key string, err error) {
+	if sa, err = syscall.Getsockname(fd); err != nil {
 		return nil, "", os.NewSyscallError("getsockname", err)
 	}
 	if networkOf(typ, sa) == "" {
 		return sa, "", nil
 	}
 	v6only := false
-	if sa6, ok := sa.(*unix.SockaddrInet6); ok && sa6.Addr == [16]byte{} {
-		n, err := unix.GetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY)
+	if sa6, ok := sa.(*syscall.SockaddrInet6); ok && sa6.Addr == [16]byte{} {
+		n, err := syscall.GetsockoptInt(fd, syscall.IPPROTO_IPV6, syscall.IPV6_V6ONLY)
 		v6only = !dualStack || err != nil || n != 0
 	}
 	return sa, boundKey(typ, sa, v6only), nil

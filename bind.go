@@ -8,9 +8,8 @@ import (
 	"os"
 	"path"
 	"strconv"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Making a new socket: options, binding, stale files, and the lock of a
@@ -19,7 +18,7 @@ import (
 // open makes a socket at a, which is not yet in net's hands.
 func (a *bindAddr) open(kind string, lc ListenConfig) (*entry, error) {
 	fd, err := newSocket(a.family, a.typ)
-	if errors.Is(err, unix.EPROTONOSUPPORT) {
+	if errors.Is(err, syscall.EPROTONOSUPPORT) {
 		err = fmt.Errorf("%w: %w", err, errors.ErrUnsupported)
 	}
 	if err != nil {
@@ -27,10 +26,10 @@ func (a *bindAddr) open(kind string, lc ListenConfig) (*entry, error) {
 	}
 	e := &entry{wire: wire{kind: kind, keep: lc.KeepOnStop}, raw: rawFD(fd)}
 	if err := a.bind(fd, lc, e); err != nil {
-		unix.Close(fd)
+		syscall.Close(fd)
 		return nil, err
 	}
-	sa, err := unix.Getsockname(fd)
+	sa, err := syscall.Getsockname(fd)
 	if err != nil {
 		e.removeFile()
 		e.closeBare()
@@ -42,33 +41,33 @@ func (a *bindAddr) open(kind string, lc ListenConfig) (*entry, error) {
 
 // bind sets the options, binds, and listens if a is for connections.
 func (a *bindAddr) bind(fd int, lc ListenConfig, e *entry) error {
-	if a.family == unix.AF_INET6 && dualStack {
-		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, b2i(a.v6only)); err != nil {
+	if a.family == syscall.AF_INET6 && dualStack {
+		if err := syscall.SetsockoptInt(fd, syscall.IPPROTO_IPV6, syscall.IPV6_V6ONLY, b2i(a.v6only)); err != nil {
 			return os.NewSyscallError("setsockopt IPV6_V6ONLY", err)
 		}
 	}
-	if a.family != unix.AF_UNIX {
+	if a.family != syscall.AF_UNIX {
 		// As net does. Two UDP sockets with SO_REUSEADDR could take each
 		// other's datagrams.
-		option, name := unix.SO_REUSEADDR, "setsockopt SO_REUSEADDR"
-		if a.typ == unix.SOCK_DGRAM {
-			option, name = unix.SO_BROADCAST, "setsockopt SO_BROADCAST"
+		option, name := syscall.SO_REUSEADDR, "setsockopt SO_REUSEADDR"
+		if a.typ == syscall.SOCK_DGRAM {
+			option, name = syscall.SO_BROADCAST, "setsockopt SO_BROADCAST"
 		}
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, 1); err != nil {
+		if err := syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, option, 1); err != nil {
 			return os.NewSyscallError(name, err)
 		}
 	}
 	if lc.ReusePort {
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, reusePort, 1); err != nil {
+		if err := syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, reusePort, 1); err != nil {
 			return os.NewSyscallError("setsockopt SO_REUSEPORT", err)
 		}
 	}
 	if lc.Control != nil {
 		network := a.network
 		switch a.family {
-		case unix.AF_INET:
+		case syscall.AF_INET:
 			network = network[:3] + "4"
-		case unix.AF_INET6:
+		case syscall.AF_INET6:
 			network = network[:3] + "6"
 		}
 		if err := lc.Control(network, a.addr.String(), rawFD(fd)); err != nil {
@@ -78,7 +77,7 @@ func (a *bindAddr) bind(fd int, lc ListenConfig, e *entry) error {
 	if a.path != "" {
 		return a.bindFile(fd, lc, e)
 	}
-	if err := unix.Bind(fd, a.sa); err != nil {
+	if err := syscall.Bind(fd, a.sa); err != nil {
 		return os.NewSyscallError("bind", err)
 	}
 	return a.listen(fd, lc)
@@ -86,28 +85,28 @@ func (a *bindAddr) bind(fd int, lc ListenConfig, e *entry) error {
 
 // listen opens the socket to clients. One for packets is open when it is bound.
 func (a *bindAddr) listen(fd int, lc ListenConfig) error {
-	if a.typ == unix.SOCK_DGRAM {
+	if a.typ == syscall.SOCK_DGRAM {
 		return nil
 	}
 	backlog := lc.Backlog
 	if backlog == 0 {
 		backlog = 65535 // every kernel lowers it to its own maximum
 	}
-	return os.NewSyscallError("listen", unix.Listen(fd, backlog))
+	return os.NewSyscallError("listen", syscall.Listen(fd, backlog))
 }
 
 // bindFile binds a socket that has a file. A file that no process listens to
 // is replaced, under a lock of its directory, so that of several processes
 // that find it stale only one replaces it.
 func (a *bindAddr) bindFile(fd int, lc ListenConfig, e *entry) error {
-	if lc.Mode != 0 && a.typ == unix.SOCK_DGRAM {
+	if lc.Mode != 0 && a.typ == syscall.SOCK_DGRAM {
 		// Whatever may write to the file can send at once. On Linux the file
 		// gets no more than these bits from the start. Other systems refuse
 		// the call.
-		_ = unix.Fchmod(fd, uint32(lc.Mode))
+		_ = syscall.Fchmod(fd, uint32(lc.Mode))
 	}
-	err := unix.Bind(fd, a.sa)
-	if err == unix.EADDRINUSE {
+	err := syscall.Bind(fd, a.sa)
+	if err == syscall.EADDRINUSE {
 		unlock, lerr := lockDir(path.Dir(a.path))
 		if lerr != nil {
 			return lerr
@@ -116,7 +115,7 @@ func (a *bindAddr) bindFile(fd int, lc ListenConfig, e *entry) error {
 		if err := a.removeStale(); err != nil {
 			return err
 		}
-		err = unix.Bind(fd, a.sa)
+		err = syscall.Bind(fd, a.sa)
 	}
 	if err != nil {
 		return os.NewSyscallError("bind", err)
@@ -130,9 +129,9 @@ func (a *bindAddr) bindFile(fd int, lc ListenConfig, e *entry) error {
 	if err == nil {
 		err = a.listen(fd, lc)
 	}
-	var st unix.Stat_t
+	var st syscall.Stat_t
 	if err == nil {
-		err = os.NewSyscallError("lstat", unix.Lstat(a.path, &st))
+		err = os.NewSyscallError("lstat", syscall.Lstat(a.path, &st))
 	}
 	if err != nil {
 		_ = os.Remove(a.path)
@@ -155,21 +154,21 @@ func (a *bindAddr) removeStale() error {
 		return err
 	}
 	if fi.Mode().Type() != os.ModeSocket {
-		return fmt.Errorf("%w: %s is not a socket; remove it or choose another path", os.NewSyscallError("bind", unix.EADDRINUSE), a.path)
+		return fmt.Errorf("%w: %s is not a socket; remove it or choose another path", os.NewSyscallError("bind", syscall.EADDRINUSE), a.path)
 	}
-	fd, err := newSocket(unix.AF_UNIX, unix.SOCK_DGRAM)
+	fd, err := newSocket(syscall.AF_UNIX, syscall.SOCK_DGRAM)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
-	switch err := unix.Connect(fd, a.sa); err {
-	case unix.ECONNREFUSED: // stale
-	case unix.ENOENT: // it has gone since
+	defer syscall.Close(fd)
+	switch err := syscall.Connect(fd, a.sa); err {
+	case syscall.ECONNREFUSED: // stale
+	case syscall.ENOENT: // it has gone since
 		return nil
-	case unix.EACCES, unix.EPERM:
-		return fmt.Errorf("%w: whether a process listens at %s cannot be told: %w", os.NewSyscallError("bind", unix.EADDRINUSE), a.path, os.NewSyscallError("connect", err))
+	case syscall.EACCES, syscall.EPERM:
+		return fmt.Errorf("%w: whether a process listens at %s cannot be told: %w", os.NewSyscallError("bind", syscall.EADDRINUSE), a.path, os.NewSyscallError("connect", err))
 	default:
-		return fmt.Errorf("%w: another process listens there", os.NewSyscallError("bind", unix.EADDRINUSE))
+		return fmt.Errorf("%w: another process listens there", os.NewSyscallError("bind", syscall.EADDRINUSE))
 	}
 	if err := os.Remove(a.path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("removing a stale socket file: %w", err)
@@ -180,19 +179,19 @@ func (a *bindAddr) removeStale() error {
 // isLive reports whether something is at path that must be left alone: a socket
 // that a process listens to, or a file that is no socket.
 func isLive(path string) bool {
-	var st unix.Stat_t
-	if err := unix.Lstat(path, &st); err != nil {
-		return err != unix.ENOENT && err != unix.ENOTDIR
+	var st syscall.Stat_t
+	if err := syscall.Lstat(path, &st); err != nil {
+		return err != syscall.ENOENT && err != syscall.ENOTDIR
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFSOCK {
+	if st.Mode&syscall.S_IFMT != syscall.S_IFSOCK {
 		return true
 	}
-	fd, err := newSocket(unix.AF_UNIX, unix.SOCK_DGRAM)
+	fd, err := newSocket(syscall.AF_UNIX, syscall.SOCK_DGRAM)
 	if err != nil {
 		return true
 	}
-	defer unix.Close(fd)
-	return unix.Connect(fd, &unix.SockaddrUnix{Name: path}) != unix.ECONNREFUSED
+	defer syscall.Close(fd)
+	return syscall.Connect(fd, &syscall.SockaddrUnix{Name: path}) != syscall.ECONNREFUSED
 }
 
 // besidePath is where a process makes the file of a socket that takes the place
@@ -235,17 +234,17 @@ func (e *entry) place() bool {
 // permission, or if a process has held the lock for a second: any process that
 // can read the directory could.
 func lockDir(dir string) (unlock func(), err error) {
-	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err == unix.EACCES || err == unix.EPERM {
+	fd, err := syscall.Open(dir, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	if err == syscall.EACCES || err == syscall.EPERM {
 		return func() {}, nil
 	}
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
 	}
-	unlock = func() { unix.Close(fd) }
+	unlock = func() { syscall.Close(fd) }
 	for range 200 {
-		err = unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
-		if err != unix.EWOULDBLOCK && err != unix.EINTR { // locked, or a file system without locks
+		err = syscall.Flock(fd, syscall.LOCK_EX|syscall.LOCK_NB)
+		if err != syscall.EWOULDBLOCK && err != syscall.EINTR { // locked, or a file system without locks
 			return unlock, nil
 		}
 		time.Sleep(5 * time.Millisecond) // a lock's end is no event

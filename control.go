@@ -11,9 +11,8 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Control sockets: opening and serving them, and answering their clients.
@@ -231,7 +230,7 @@ func writeLine(c *net.UnixConn, line string) {
 		_ = raw.Control(func(fd uintptr) {
 			var b [4 << 10]byte
 			for range 16 {
-				if n, err := unix.Read(int(fd), b[:]); n <= 0 || err != nil {
+				if n, err := syscall.Read(int(fd), b[:]); n <= 0 || err != nil {
 					return
 				}
 			}

@@ -8,8 +8,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 )
 
 // One thing that is handed on: what is said about it, and the descriptor.
@@ -150,8 +148,8 @@ func (w *wire) key() string {
 
 // hasFile reports whether w's file is at path.
 func (w *wire) hasFile(path string) bool {
-	var st unix.Stat_t
-	return unix.Lstat(path, &st) == nil && uint64(st.Dev) == w.dev && uint64(st.Ino) == w.ino
+	var st syscall.Stat_t
+	return syscall.Lstat(path, &st) == nil && uint64(st.Dev) == w.dev && uint64(st.Ino) == w.ino
 }
 
 // removeFile removes a Unix socket's file if it is still the one that was
@@ -244,7 +242,7 @@ func (e *entry) moveOut() int {
 // closeBare closes a bare descriptor.
 func (e *entry) closeBare() {
 	if fd := e.moveOut(); fd >= 0 {
-		unix.Close(fd)
+		syscall.Close(fd)
 	}
 }
 
@@ -259,12 +257,12 @@ type spare struct{ file *os.File }
 // there can be none: then fd is still the caller's.
 func (s *spare) put(fd int) *os.File {
 	if s.file == nil {
-		own, err := newSocket(unix.AF_UNIX, unix.SOCK_DGRAM)
+		own, err := newSocket(syscall.AF_UNIX, syscall.SOCK_DGRAM)
 		if err != nil {
 			return nil
 		}
-		if unix.SetNonblock(own, false) != nil {
-			unix.Close(own)
+		if syscall.SetNonblock(own, false) != nil {
+			syscall.Close(own)
 			return nil
 		}
 		s.file = os.NewFile(uintptr(own), "")
@@ -272,7 +270,7 @@ func (s *spare) put(fd int) *os.File {
 	if dup3(fd, int(s.file.Fd())) != nil {
 		return nil
 	}
-	unix.Close(fd)
+	syscall.Close(fd)
 	return s.file
 }
 

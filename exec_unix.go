@@ -46,11 +46,11 @@ func ownName() string {
 	if err != nil {
 		return arg0 // the system does not tell
 	}
-	var own, named unix.Stat_t
+	var own, named syscall.Stat_t
 	if statExecutable(exe, &own) != nil {
 		return arg0
 	}
-	if file, err := lookUp(arg0); err == nil && unix.Stat(file, &named) == nil && named.Dev == own.Dev && named.Ino == own.Ino {
+	if file, err := lookUp(arg0); err == nil && syscall.Stat(file, &named) == nil && named.Dev == own.Dev && named.Ino == own.Ino {
 		return arg0
 	}
 	return exe
@@ -101,8 +101,8 @@ func defaultCommand() *Command {
 
 // enterable returns an error that says why a directory cannot be entered.
 func enterable(dir string) error {
-	var st unix.Stat_t
-	return unix.Stat(dir+"/.", &st)
+	var st syscall.Stat_t
+	return syscall.Stat(dir+"/.", &st)
 }
 
 // startPath is what the program's name meant at the start. A name without a
@@ -132,11 +132,11 @@ func startChild(cmd *Command, streamFD int, peer string) (*child, error) {
 			continue
 		}
 		// Closed; what has its number now is not the caller's to give.
-		null, err := unix.Open(os.DevNull, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		null, err := syscall.Open(os.DevNull, syscall.O_RDWR|syscall.O_CLOEXEC, 0)
 		if err != nil {
 			return nil, &os.PathError{Op: "open", Path: os.DevNull, Err: err}
 		}
-		defer unix.Close(null)
+		defer syscall.Close(null)
 		files[fd] = uintptr(null)
 	}
 	env := slices.DeleteFunc(slices.Clone(cmd.Env), func(s string) bool {
@@ -191,7 +191,7 @@ func lookUp(name string) (string, error) {
 		fi, serr := os.Stat(file)
 		switch {
 		case serr != nil || fi.IsDir():
-		case unix.Access(file, unix.X_OK) != nil:
+		case syscall.Access(file, unix.X_OK) != nil:
 			err = syscall.EACCES
 		default:
 			return file, nil
@@ -205,12 +205,12 @@ func lookUp(name string) (string, error) {
 // led here, and a link that is flipped is followed anew.
 func workingDir() (string, error) {
 	if dir := os.Getenv("PWD"); path.IsAbs(dir) {
-		var a, b unix.Stat_t
-		if unix.Stat(dir, &a) == nil && unix.Stat(".", &b) == nil && a.Dev == b.Dev && a.Ino == b.Ino {
+		var a, b syscall.Stat_t
+		if syscall.Stat(dir, &a) == nil && syscall.Stat(".", &b) == nil && a.Dev == b.Dev && a.Ino == b.Ino {
 			return dir, nil
 		}
 	}
-	dir, err := unix.Getwd()
+	dir, err := syscall.Getwd()
 	return dir, os.NewSyscallError("getwd", err)
 }
 
@@ -231,8 +231,8 @@ func uncatchable(s os.Signal) bool { return s == syscall.SIGKILL || s == syscall
 
 // inherits reports whether a standard descriptor is there to be inherited.
 func inherits(fd int) bool {
-	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
-	return err == nil && flags&unix.FD_CLOEXEC == 0
+	flags, err := unix.FcntlInt(uintptr(fd), syscall.F_GETFD, 0)
+	return err == nil && flags&syscall.FD_CLOEXEC == 0
 }
 
 // kill kills c. A process that has ended is no error. It is done by a handle that
@@ -249,7 +249,7 @@ func (c *child) kill() error {
 	if c.sibling {
 		return fmt.Errorf("process %d is no child of this one, and the system has refused a handle for it: %w", c.pid, errors.Join(err, errors.ErrUnsupported))
 	}
-	if err := unix.Kill(c.pid, unix.SIGKILL); err != nil && err != unix.ESRCH {
+	if err := syscall.Kill(c.pid, syscall.SIGKILL); err != nil && err != syscall.ESRCH {
 		return os.NewSyscallError("kill", err)
 	}
 	return nil

@@ -382,13 +382,13 @@ func FuzzReply(f *testing.F) {
 // else it is.
 func TestInheritedDescriptors(t *testing.T) {
 	t.Parallel()
-	socket := func(family, typ int, sa unix.Sockaddr, listen bool) int {
+	socket := func(family, typ int, sa syscall.Sockaddr, listen bool) int {
 		t.Helper()
 		fd, err := newSocket(family, typ)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := unix.Bind(fd, sa); err != nil {
+		if err := syscall.Bind(fd, sa); err != nil {
 			t.Fatal(err)
 		}
 		if listen {
@@ -399,9 +399,9 @@ func TestInheritedDescriptors(t *testing.T) {
 		t.Cleanup(func() { unix.Close(fd) })
 		return fd
 	}
-	loopback := &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}
+	loopback := &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}
 	good := socket(unix.AF_INET, unix.SOCK_STREAM, loopback, true)
-	sa, err := unix.Getsockname(good)
+	sa, err := syscall.Getsockname(good)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -443,7 +443,7 @@ func TestInheritedDescriptors(t *testing.T) {
 		{"UDP", "not listen", socket(unix.AF_INET, unix.SOCK_DGRAM, loopback, false), r},
 		{"another address", "is bound to", socket(unix.AF_INET, unix.SOCK_STREAM, loopback, true), r},
 		{"a bad inode", `inode "x"`, good, append(slices.Clone(r), "path=/x", "dev=1", "ino=x")},
-		{"a Unix socket", "is bound to", socket(unix.AF_UNIX, unix.SOCK_STREAM, &unix.SockaddrUnix{Name: t.TempDir() + "/s"}, true), r},
+		{"a Unix socket", "is bound to", socket(unix.AF_UNIX, unix.SOCK_STREAM, &syscall.SockaddrUnix{Name: t.TempDir() + "/s"}, true), r},
 		{"a TCP socket as a Unix one", "is bound to", good, record{"kind=listener", "network=unix", "address=tcp :0", "at=" + at}},
 	} {
 		err := claim(c.record, c.fd)
@@ -452,7 +452,7 @@ func TestInheritedDescriptors(t *testing.T) {
 		}
 	}
 	deaf := socket(unix.AF_INET, unix.SOCK_STREAM, loopback, false)
-	sa, err = unix.Getsockname(deaf)
+	sa, err = syscall.Getsockname(deaf)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -644,7 +644,7 @@ func TestWriteFilesLimit(t *testing.T) {
 func TestDescriptorsWithOneByte(t *testing.T) {
 	become(t, &dropsDescriptors, true)
 	send, sizes := systemSend, []int(nil)
-	become(t, &systemSend, func(fd int, p, oob []byte, to unix.Sockaddr, flags int) (int, error) {
+	become(t, &systemSend, func(fd int, p, oob []byte, to syscall.Sockaddr, flags int) (int, error) {
 		if len(oob) > 0 {
 			sizes = append(sizes, len(p))
 		}
@@ -752,7 +752,7 @@ func TestQueueNotEmpty(t *testing.T) {
 			t.Fatal(err)
 		}
 		refused := make(chan bool, 100)
-		systemSend = func(fd int, p, oob []byte, to unix.Sockaddr, flags int) (int, error) {
+		systemSend = func(fd int, p, oob []byte, to syscall.Sockaddr, flags int) (int, error) {
 			select {
 			case refused <- true:
 			default:
@@ -784,7 +784,7 @@ func TestQueueNotEmpty(t *testing.T) {
 		if err := <-sent; err != nil {
 			t.Errorf("type %d: %v", typ, err)
 		}
-		systemSend = func(int, []byte, []byte, unix.Sockaddr, int) (int, error) { return -1, unix.EMSGSIZE }
+		systemSend = func(int, []byte, []byte, syscall.Sockaddr, int) (int, error) { return -1, unix.EMSGSIZE }
 		if typ == unix.SOCK_SEQPACKET {
 			if _, err := WriteFiles(c, make([]byte, 1<<20)); !errors.Is(err, unix.EMSGSIZE) {
 				t.Errorf("a packet of 1 MiB: %v; want EMSGSIZE", err)
@@ -797,7 +797,7 @@ func TestQueueNotEmpty(t *testing.T) {
 // A peer that is just closing, of a connection, is one that has gone.
 func TestPeerIsClosing(t *testing.T) {
 	become(t, &lateNotConnected, true)
-	become(t, &systemSend, func(int, []byte, []byte, unix.Sockaddr, int) (int, error) { return -1, unix.ENOTCONN })
+	become(t, &systemSend, func(int, []byte, []byte, syscall.Sockaddr, int) (int, error) { return -1, unix.ENOTCONN })
 	for _, typ := range []int{unix.SOCK_STREAM, unix.SOCK_SEQPACKET, unix.SOCK_DGRAM} {
 		c, _ := pairOf(t, typ)
 		want := unix.EPIPE
@@ -821,7 +821,7 @@ func TestPeerIsClosing(t *testing.T) {
 // Without room in the table of descriptors some systems refuse the message as
 // if it were too long.
 func TestNoRoomForDescriptors(t *testing.T) {
-	become(t, &systemReceive, func(int, []byte, []byte, int) (int, int, int, unix.Sockaddr, error) {
+	become(t, &systemReceive, func(int, []byte, []byte, int) (int, int, int, syscall.Sockaddr, error) {
 		return -1, 0, 0, nil, unix.EMSGSIZE
 	})
 	c, _ := pairOf(t, unix.SOCK_STREAM)
@@ -841,8 +841,8 @@ func TestNoRoomForDescriptors(t *testing.T) {
 // Descriptors are close-on-exec where the system does not make them so.
 func TestMarkedLate(t *testing.T) {
 	become(t, &marksLate, true)
-	become(t, &systemReceive, func(fd int, p, oob []byte, _ int) (int, int, int, unix.Sockaddr, error) {
-		return unix.Recvmsg(fd, p, oob, 0)
+	become(t, &systemReceive, func(fd int, p, oob []byte, _ int) (int, int, int, syscall.Sockaddr, error) {
+		return syscall.Recvmsg(fd, p, oob, 0)
 	})
 	c, peer := pairOf(t, unix.SOCK_STREAM)
 	if _, err := WriteFiles(c, []byte("x"), os.Stdin, os.Stdout); err != nil {
@@ -907,7 +907,7 @@ func TestMaybeListening(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
 		t.Fatal(err)
 	}
 	if yes, err := maybeListening(fd); yes || err != errors.ErrUnsupported {

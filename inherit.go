@@ -12,9 +12,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // The successor's side of handing on: receiving what comes, and checking each
@@ -118,11 +117,11 @@ func (u *Upgrader) checkNetwork(predecessors string) error {
 // ownNetwork returns the number of this process's network namespace, or 0 if the
 // system does not tell.
 func ownNetwork() uint64 {
-	fd, err := newSocket(unix.AF_UNIX, unix.SOCK_DGRAM)
+	fd, err := newSocket(syscall.AF_UNIX, syscall.SOCK_DGRAM)
 	if err != nil {
 		return 0
 	}
-	defer unix.Close(fd)
+	defer syscall.Close(fd)
 	return networkOfSocket(fd)
 }
 
@@ -165,12 +164,12 @@ func (e *entry) check(fd int) error {
 			return errors.New("it does not listen")
 		}
 	case kindPacket, kindPair, kindConn:
-		if _, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err != nil {
+		if _, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE); err != nil {
 			return fmt.Errorf("it is no socket: %w", os.NewSyscallError("getsockopt", err))
 		}
 	case kindState:
-		var st unix.Stat_t
-		if err := unix.Fstat(fd, &st); err != nil {
+		var st syscall.Stat_t
+		if err := syscall.Fstat(fd, &st); err != nil {
 			return os.NewSyscallError("fstat", err)
 		}
 		if st.Size < e.size {

@@ -10,8 +10,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // A ListenConfig says how a new socket is made. An inherited one stays as it was
@@ -130,7 +128,7 @@ func (u *Upgrader) listenOrInherit(lc ListenConfig, kind, network, address strin
 // one: that of an address which has changed its width, such as ":80" to
 // "127.0.0.1:80".
 func (u *Upgrader) explainInUse(a *bindAddr, err error) error {
-	if !errors.Is(err, unix.EADDRINUSE) || a.family == unix.AF_UNIX {
+	if !errors.Is(err, syscall.EADDRINUSE) || a.family == syscall.AF_UNIX {
 		return err
 	}
 	port := a.key()[strings.LastIndexByte(a.key(), ':'):]
@@ -152,7 +150,7 @@ func (lc ListenConfig) check(kind, network, address string) error {
 	}
 	typ, isUnix := socketType(network)
 	switch {
-	case typ == 0 || (typ == unix.SOCK_DGRAM) != (kind == kindPacket):
+	case typ == 0 || (typ == syscall.SOCK_DGRAM) != (kind == kindPacket):
 		return fmt.Errorf("%w; want %s", net.UnknownNetworkError(network), want)
 	case lc.Backlog < 0:
 		return fmt.Errorf("ListenConfig.Backlog is %d; want 0 (for the system's maximum) or more", lc.Backlog)

@@ -8,8 +8,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
-
-	"golang.org/x/sys/unix"
+	"syscall"
 )
 
 // A pidFile is a file with this process's ID, written beside its place.
@@ -33,9 +32,9 @@ func writePIDFile(path string) (pidFile, error) {
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}
-	var st unix.Stat_t
+	var st syscall.Stat_t
 	if err == nil {
-		err = os.NewSyscallError("lstat", unix.Lstat(p.temp, &st))
+		err = os.NewSyscallError("lstat", syscall.Lstat(p.temp, &st))
 	}
 	if err != nil {
 		p.discard()
@@ -76,8 +75,8 @@ func (u *Upgrader) ownsPIDFile() bool {
 	u.mu.Lock()
 	p := u.pidFile
 	u.mu.Unlock()
-	var st unix.Stat_t
-	return !errors.Is(err, os.ErrNotExist) && unix.Lstat(u.opts.PIDFile, &st) == nil &&
+	var st syscall.Stat_t
+	return !errors.Is(err, os.ErrNotExist) && syscall.Lstat(u.opts.PIDFile, &st) == nil &&
 		p.ino != 0 && uint64(st.Dev) == p.dev && uint64(st.Ino) == p.ino
 }
 

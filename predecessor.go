@@ -14,8 +14,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // The predecessor as its successor sees it: how it is found, what it says
@@ -63,7 +61,7 @@ func takeInheritance() (value string, ok bool) {
 	}
 	_ = os.Unsetenv(envName) // fails only for names that it refuses
 	if fd, err := strconv.Atoi(record(strings.Split(value, " ")).get("fd")); err == nil && fd >= 3 {
-		unix.CloseOnExec(fd)
+		syscall.CloseOnExec(fd)
 	}
 	return strings.Clone(value), true
 }
@@ -103,8 +101,8 @@ func openStream(value string) (*stream, error) {
 	if err != nil {
 		return nil, errors.New("it names no user")
 	}
-	typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
-	if err != nil || typ != unix.SOCK_STREAM {
+	typ, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE)
+	if err != nil || typ != syscall.SOCK_STREAM {
 		return nil, fmt.Errorf("descriptor %d is not a stream socket", fd)
 	}
 	// Some systems do not tell who made a socket pair. There the variable is

@@ -9,9 +9,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // What this process holds and what it has inherited: finding it, registering
@@ -112,8 +111,8 @@ func (r *registry) findAddr(a *bindAddr) *entry {
 		return e
 	}
 	// The same file may be there by another path.
-	var st unix.Stat_t
-	if unix.Stat(a.path, &st) != nil {
+	var st syscall.Stat_t
+	if syscall.Stat(a.path, &st) != nil {
 		return nil
 	}
 	same = func(e *entry) bool {

@@ -11,9 +11,8 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // The client of a control socket.
@@ -71,7 +70,7 @@ func request(ctx context.Context, path string) (Reply, error) {
 	case whole:
 	case ctx.Err() != nil:
 		return Reply{}, ctx.Err()
-	case err == nil || errors.Is(err, unix.ECONNRESET):
+	case err == nil || errors.Is(err, syscall.ECONNRESET):
 		return Reply{}, fmt.Errorf("the process there has ended, or does not serve the socket, without an answer: %w", io.ErrUnexpectedEOF)
 	default:
 		return Reply{}, err
@@ -97,7 +96,7 @@ func unread(c *net.UnixConn) (b []byte) {
 	}
 	_ = raw.Control(func(fd uintptr) {
 		b = make([]byte, 4<<10)
-		n, _ := unix.Read(int(fd), b)
+		n, _ := syscall.Read(int(fd), b)
 		b = b[:max(n, 0)]
 	})
 	return b
@@ -119,27 +118,27 @@ func dialControl(ctx context.Context, path string) (*net.UnixConn, error) {
 	fail := func(err error) error {
 		return &net.OpError{Op: "dial", Net: "unix", Addr: &net.UnixAddr{Net: "unix", Name: path}, Err: err}
 	}
-	fd, err := newSocket(unix.AF_UNIX, unix.SOCK_STREAM)
+	fd, err := newSocket(syscall.AF_UNIX, syscall.SOCK_STREAM)
 	if err != nil {
 		return nil, fail(err)
 	}
 	for {
-		err = unix.Connect(fd, &unix.SockaddrUnix{Name: path})
-		if err == nil || err == unix.EISCONN {
+		err = syscall.Connect(fd, &syscall.SockaddrUnix{Name: path})
+		if err == nil || err == syscall.EISCONN {
 			break
 		}
-		if err == unix.EAGAIN { // the queue is full, and room in it is no event
+		if err == syscall.EAGAIN { // the queue is full, and room in it is no event
 			select {
 			case <-time.After(10 * time.Millisecond):
 			case <-ctx.Done():
 			}
 		}
-		if err != unix.EAGAIN && err != unix.EINTR {
-			unix.Close(fd)
+		if err != syscall.EAGAIN && err != syscall.EINTR {
+			syscall.Close(fd)
 			return nil, fail(os.NewSyscallError("connect", err))
 		}
 		if err := ctx.Err(); err != nil {
-			unix.Close(fd)
+			syscall.Close(fd)
 			return nil, err
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"runtime"
 	"sync"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,7 +31,7 @@ func (p *packetIn) begin(b []byte) { p.b, p.n, p.err = b, 0, nil }
 func (p *packetIn) receive(fd int) bool {
 	n, flags, err := recvBuffers(fd, [][]byte{p.b, p.spare[:]})
 	switch {
-	case err == unix.EAGAIN:
+	case err == syscall.EAGAIN:
 		return false
 	case err != nil:
 		p.err = os.NewSyscallError("recvmsg", err)
@@ -41,7 +42,7 @@ func (p *packetIn) receive(fd int) bool {
 		leftRest(fd, flags)
 	default:
 		p.n = n
-		if flags&unix.MSG_TRUNC != 0 {
+		if flags&syscall.MSG_TRUNC != 0 {
 			p.err = tooLong(len(p.b))
 		}
 	}
@@ -50,7 +51,7 @@ func (p *packetIn) receive(fd int) bool {
 
 // atEnd reports whether what was received without a byte is the end of the
 // connection.
-func atEnd(_, flags int) bool { return flags&unix.MSG_EOR == 0 }
+func atEnd(_, flags int) bool { return flags&syscall.MSG_EOR == 0 }
 
 func (p *packetIn) end() (int, error) {
 	p.b = nil
@@ -60,7 +61,7 @@ func (p *packetIn) end() (int, error) {
 // leftRest reports whether a full buffer was too small for a packet whose rest
 // would be received next. It takes the rest.
 func leftRest(fd, flags int) bool {
-	if flags&(unix.MSG_EOR|unix.MSG_TRUNC) != 0 || !restStays() || socketTypeOf(fd) != unix.SOCK_SEQPACKET {
+	if flags&(syscall.MSG_EOR|syscall.MSG_TRUNC) != 0 || !restStays() || socketTypeOf(fd) != syscall.SOCK_SEQPACKET {
 		return false
 	}
 	drainPacket(fd)
@@ -83,7 +84,7 @@ func drainPacket(fd int) {
 	b := make([]byte, 4<<10)
 	for {
 		n, flags, err := recvBuffers(fd, [][]byte{b})
-		if err != nil || n == 0 || flags&unix.MSG_EOR != 0 {
+		if err != nil || n == 0 || flags&syscall.MSG_EOR != 0 {
 			return
 		}
 	}
@@ -92,7 +93,7 @@ func drainPacket(fd int) {
 func recvBuffers(fd int, bufs [][]byte) (n, flags int, err error) {
 	for {
 		n, _, flags, _, err = unix.RecvmsgBuffers(fd, bufs, nil, 0)
-		if err != unix.EINTR {
+		if err != syscall.EINTR {
 			return n, flags, err
 		}
 	}
@@ -102,11 +103,11 @@ func recvBuffers(fd int, bufs [][]byte) (n, flags int, err error) {
 // go in parts, of which the last has the mark.
 func (p *packetOut) transmit(fd int) bool {
 	for p.n < len(p.b) {
-		n, err := sendmsg(fd, p.b[p.n:], nil, unix.MSG_EOR)
+		n, err := sendmsg(fd, p.b[p.n:], nil, syscall.MSG_EOR)
 		switch err {
 		case nil:
 			p.n += n
-		case unix.EAGAIN, unix.ENOBUFS:
+		case syscall.EAGAIN, syscall.ENOBUFS:
 			return false
 		default:
 			p.err = os.NewSyscallError("sendmsg", err)

@@ -3,6 +3,7 @@ package ecdysis
 import (
 	"io"
 	"os"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -24,7 +25,7 @@ func (p *packetIn) begin(b []byte) { p.b, p.n, p.err = b, 0, nil }
 // receive reports whether there is a result.
 func (p *packetIn) receive(fd int) bool {
 	for {
-		n, _, errno := unix.Syscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&p.b[0])), uintptr(len(p.b)), unix.MSG_TRUNC, 0, 0)
+		n, _, errno := unix.Syscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&p.b[0])), uintptr(len(p.b)), syscall.MSG_TRUNC, 0, 0)
 		switch errno {
 		case 0:
 			p.n = int(n)
@@ -32,11 +33,11 @@ func (p *packetIn) receive(fd int) bool {
 				p.err = io.EOF
 			}
 			return true
-		case unix.EINTR:
-		case unix.ECONNRESET:
+		case syscall.EINTR:
+		case syscall.ECONNRESET:
 			// The peer has closed without receiving everything. The system
 			// says so once, and before what the peer has sent.
-		case unix.EAGAIN:
+		case syscall.EAGAIN:
 			return false
 		default:
 			p.err = os.NewSyscallError("recvfrom", errno)
@@ -74,9 +75,9 @@ func (p *packetOut) transmit(fd int) bool {
 	for {
 		p.err = unix.Send(fd, p.b, unix.MSG_NOSIGNAL)
 		switch {
-		case p.err == unix.EINTR:
+		case p.err == syscall.EINTR:
 			continue
-		case p.err == unix.EAGAIN:
+		case p.err == syscall.EAGAIN:
 			return false
 		case p.err != nil:
 			p.err = os.NewSyscallError("sendto", p.err)

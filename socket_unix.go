@@ -13,9 +13,9 @@ import (
 
 // The system's calls, in whose place a test puts the answers of others.
 var (
-	systemSend    = unix.SendmsgN
-	systemReceive = unix.Recvmsg
-	systemOption  = unix.GetsockoptInt
+	systemSend    = syscall.SendmsgN
+	systemReceive = syscall.Recvmsg
+	systemOption  = syscall.GetsockoptInt
 )
 
 // sendmsg sends what the system takes at once. The error is EAGAIN if the
@@ -25,12 +25,12 @@ func sendmsg(fd int, b, oob []byte, flags int) (int, error) {
 	for {
 		n, err := systemSend(fd, b, oob, nil, flags)
 		switch {
-		case err == unix.EINTR:
+		case err == syscall.EINTR:
 			continue
-		case err == unix.EMSGSIZE && shrinkingBuffers && fitsEmptyQueue(fd, b, oob):
-			err = unix.EAGAIN
-		case err == unix.ENOTCONN && lateNotConnected && socketTypeOf(fd) != unix.SOCK_DGRAM:
-			err = unix.EPIPE
+		case err == syscall.EMSGSIZE && shrinkingBuffers && fitsEmptyQueue(fd, b, oob):
+			err = syscall.EAGAIN
+		case err == syscall.ENOTCONN && lateNotConnected && socketTypeOf(fd) != syscall.SOCK_DGRAM:
+			err = syscall.EPIPE
 		}
 		return n, err
 	}
@@ -41,15 +41,15 @@ func sendmsg(fd int, b, oob []byte, flags int) (int, error) {
 // buffer, but not the block size of the file.
 func fitsEmptyQueue(fd int, b, oob []byte) bool {
 	size := len(oob)
-	if socketTypeOf(fd) != unix.SOCK_STREAM { // a packet goes as a whole
+	if socketTypeOf(fd) != syscall.SOCK_STREAM { // a packet goes as a whole
 		size = max(size, len(b))
 	}
-	var st unix.Stat_t
-	return unix.Fstat(fd, &st) == nil && int64(size) <= int64(st.Blksize)
+	var st syscall.Stat_t
+	return syscall.Fstat(fd, &st) == nil && int64(size) <= int64(st.Blksize)
 }
 
 func socketTypeOf(fd int) int {
-	typ, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	typ, _ := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE)
 	return typ
 }
 
@@ -64,17 +64,17 @@ func recvmsg(fd int, p, oob []byte) (n, oobn, flags int, err error) {
 	}
 	for {
 		n, oobn, flags, _, err = systemReceive(fd, p, oob, receiveFlags)
-		if err != unix.EINTR {
+		if err != syscall.EINTR {
 			break
 		}
 	}
-	if err == unix.EMSGSIZE { // thus on the BSDs and macOS; Linux does not give it
-		err = unix.EMFILE
+	if err == syscall.EMSGSIZE { // thus on the BSDs and macOS; Linux does not give it
+		err = syscall.EMFILE
 	}
 	if marksLate && err == nil && oobn > 0 {
 		fds, _, _ := parseControl(oob[:oobn])
 		for _, fd := range fds {
-			unix.CloseOnExec(fd)
+			syscall.CloseOnExec(fd)
 		}
 	}
 	return n, oobn, flags, err
@@ -88,7 +88,7 @@ func streamEnded(fd int) bool {
 	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLHUP}}
 	for {
 		_, err := unix.Poll(fds, 0)
-		if err != unix.EINTR {
+		if err != syscall.EINTR {
 			break
 		}
 	}
@@ -99,15 +99,15 @@ func streamEnded(fd int) bool {
 		return false
 	}
 	n, err := peek(fd)
-	return n == 0 && err != unix.EAGAIN
+	return n == 0 && err != syscall.EAGAIN
 }
 
 // isListening reports whether a socket of connections listens. On macOS and
 // DragonFly, where the option cannot be read, the error is
 // errors.ErrUnsupported unless the socket is known not to listen.
 func isListening(fd int) (bool, error) {
-	n, err := systemOption(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
-	if err == unix.ENOPROTOOPT {
+	n, err := systemOption(fd, syscall.SOL_SOCKET, syscall.SO_ACCEPTCONN)
+	if err == syscall.ENOPROTOOPT {
 		return maybeListening(fd)
 	}
 	return n != 0, err
@@ -116,7 +116,7 @@ func isListening(fd int) (bool, error) {
 // maybeListening tells a socket that may listen from a connection, which may
 // have lost its peer: what was never connected cannot be read from.
 func maybeListening(fd int) (bool, error) {
-	if _, err := peek(fd); err != unix.ENOTCONN && err != unix.EINVAL { // EINVAL: a Unix socket on Linux
+	if _, err := peek(fd); err != syscall.ENOTCONN && err != syscall.EINVAL { // EINVAL: a Unix socket on Linux
 		return false, nil
 	}
 	return false, errors.ErrUnsupported
@@ -125,8 +125,8 @@ func maybeListening(fd int) (bool, error) {
 // peek returns how many bytes, of one, could be read from fd at once.
 func peek(fd int) (n int, err error) {
 	for {
-		n, _, err = unix.Recvfrom(fd, make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		if err != unix.EINTR {
+		n, _, err = syscall.Recvfrom(fd, make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		if err != syscall.EINTR {
 			return max(n, 0), err
 		}
 	}

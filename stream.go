@@ -12,8 +12,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // The connection between two generations: frames in both directions, and
@@ -94,7 +92,7 @@ func (s *stream) close() {
 
 func closeAll(fds []int) {
 	for _, fd := range fds {
-		unix.Close(fd)
+		syscall.Close(fd)
 	}
 }
 
@@ -150,19 +148,19 @@ func (s *stream) atEnd() bool {
 // fill receives what has come. It reports false if nothing has. s.rmu is held.
 func (s *stream) fill(fd int) bool {
 	if s.buf == nil {
-		s.buf = make([]byte, 8<<10+unix.CmsgSpace(4*maxFDs)+senderSpace)
+		s.buf = make([]byte, 8<<10+syscall.CmsgSpace(4*maxFDs)+senderSpace)
 	}
 	p, oob := s.buf[:8<<10], s.buf[8<<10:]
 	// There is room for descriptors even where none are taken: some systems
 	// leave those open that have none, and say nothing.
 	n, oobn, flags, err := recvmsg(fd, p, oob)
 	switch {
-	case err == unix.EAGAIN:
+	case err == syscall.EAGAIN:
 		return false
-	case err == unix.ECONNRESET, err == unix.EPIPE:
+	case err == syscall.ECONNRESET, err == syscall.EPIPE:
 		s.end = io.EOF
 		return true
-	case err == unix.EMFILE:
+	case err == syscall.EMFILE:
 		s.end = errTruncated
 		return true
 	case err != nil:
@@ -177,7 +175,7 @@ func (s *stream) fill(fd int) bool {
 			s.end = err
 		}
 	}
-	switch truncated := flags&unix.MSG_CTRUNC != 0; {
+	switch truncated := flags&syscall.MSG_CTRUNC != 0; {
 	case !s.inherits && (truncated || len(s.fds) > 0):
 		s.end = errors.New("the successor sent descriptors: it does not use this protocol")
 	case truncated:
@@ -198,7 +196,7 @@ func (s *stream) fill(fd int) bool {
 // parseControl returns the descriptors that came with a message, and the
 // process that sent it.
 func parseControl(oob []byte) (fds []int, sender int, err error) {
-	msgs, err := unix.ParseSocketControlMessage(oob)
+	msgs, err := syscall.ParseSocketControlMessage(oob)
 	if err != nil {
 		return nil, 0, os.NewSyscallError("recvmsg", err)
 	}
@@ -206,10 +204,10 @@ func parseControl(oob []byte) (fds []int, sender int, err error) {
 		if pid := senderOf(&msgs[i]); pid != 0 {
 			sender = pid
 		}
-		if msgs[i].Header.Level != unix.SOL_SOCKET || msgs[i].Header.Type != unix.SCM_RIGHTS {
+		if msgs[i].Header.Level != syscall.SOL_SOCKET || msgs[i].Header.Type != syscall.SCM_RIGHTS {
 			continue
 		}
-		list, err := unix.ParseUnixRights(&msgs[i])
+		list, err := syscall.ParseUnixRights(&msgs[i])
 		if err != nil {
 			return fds, sender, os.NewSyscallError("recvmsg", err)
 		}
@@ -322,7 +320,7 @@ func (s *stream) sendFrame(b []byte, fds []int) error {
 	var oob []byte
 	switch {
 	case len(fds) > 0:
-		oob = unix.UnixRights(fds...)
+		oob = syscall.UnixRights(fds...)
 	case b[0] == frameReady: // whose sender the predecessor watches
 		oob = nameSender()
 	}
@@ -372,9 +370,9 @@ func (s *stream) write(b, oob []byte) (n int, err error) {
 	switch {
 	case cerr != nil:
 		return 0, cerr
-	case err == unix.EAGAIN, err == unix.ETOOMANYREFS, err == unix.ENOBUFS, err == unix.EMFILE:
+	case err == syscall.EAGAIN, err == syscall.ETOOMANYREFS, err == syscall.ENOBUFS, err == syscall.EMFILE:
 		return 0, errAgain
-	case err == unix.EPIPE, err == unix.ECONNRESET:
+	case err == syscall.EPIPE, err == syscall.ECONNRESET:
 		return 0, io.EOF
 	case err != nil:
 		return 0, os.NewSyscallError("sendmsg", err)
@@ -411,7 +409,7 @@ func (s *stream) sendFail(reason error) {
 		text = text[:maxFrame/2]
 	}
 	r := record{"reason=" + text}
-	if errors.Is(reason, unix.EADDRINUSE) { // the predecessor may know why
+	if errors.Is(reason, syscall.EADDRINUSE) { // the predecessor may know why
 		r = append(r, "inuse=1")
 		for err := reason; err != nil; err = errors.Unwrap(err) {
 			if oe, ok := err.(*net.OpError); ok && oe.Addr != nil {

@@ -51,7 +51,7 @@ func dup3(from, to int) error {
 	defer syscall.ForkLock.RUnlock()
 	err := unix.Dup2(from, to)
 	if err == nil {
-		unix.CloseOnExec(to)
+		syscall.CloseOnExec(to)
 	}
 	return err
 }
@@ -59,11 +59,11 @@ func dup3(from, to int) error {
 // keepReserve makes a stream's buffer large enough for the first batch, and
 // leaves room for useReserve to let an ABORT through.
 func keepReserve(fd int) {
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 64<<10)
+	_ = syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_SNDBUF, 64<<10)
 }
 
 func useReserve(fd int) {
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 128<<10)
+	_ = syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_SNDBUF, 128<<10)
 }
 
 // A watch tells when a process exits, by kqueue(2), or by wait4(2) where the
@@ -94,7 +94,7 @@ func networkOfSocket(int) uint64 { return 0 }
 func (w *watch) without(*syscall.ProcAttr) bool { return false }
 
 // statExecutable tells which file this process runs.
-func statExecutable(exe string, st *unix.Stat_t) error { return unix.Stat(exe, st) }
+func statExecutable(exe string, st *syscall.Stat_t) error { return syscall.Stat(exe, st) }
 
 // begin begins to watch a child.
 func (w *watch) begin(pid int) {
@@ -112,7 +112,7 @@ func (w *watch) register(pid int) bool {
 	if err != nil {
 		return false
 	}
-	unix.CloseOnExec(kq)
+	syscall.CloseOnExec(kq)
 	var ev unix.Kevent_t
 	unix.SetKevent(&ev, pid, unix.EVFILT_PROC, unix.EV_ADD|unix.EV_ONESHOT)
 	ev.Fflags = unix.NOTE_EXIT
@@ -120,8 +120,8 @@ func (w *watch) register(pid int) bool {
 		w.kq = kq
 		return true
 	}
-	unix.Close(kq)
-	w.gone = err == unix.ESRCH
+	syscall.Close(kq)
+	w.gone = err == syscall.ESRCH
 	return w.gone
 }
 
@@ -135,7 +135,7 @@ func (w *watch) exited(d time.Duration) bool {
 		case w.kq >= 0:
 			ts := unix.NsecToTimespec(int64(d))
 			n, err := unix.Kevent(w.kq, nil, make([]unix.Kevent_t, 1), &ts)
-			if err == unix.EINTR {
+			if err == syscall.EINTR {
 				continue
 			}
 			w.gone = n > 0
@@ -145,7 +145,7 @@ func (w *watch) exited(d time.Duration) bool {
 			// these systems can look at a child and leave it. ECHILD: another
 			// part of the program has reaped it.
 			pid, err := unix.Wait4(w.own, nil, unix.WNOHANG, nil)
-			if w.gone = pid == w.own || err == unix.ECHILD; w.gone {
+			if w.gone = pid == w.own || err == syscall.ECHILD; w.gone {
 				continue
 			}
 			time.Sleep(min(d, 5*time.Millisecond))
@@ -166,7 +166,7 @@ func (w *watch) kill() (done bool, err error) { return w.gone && w.own != 0, nil
 
 func (w *watch) close() {
 	if w.kq >= 0 {
-		unix.Close(w.kq)
+		syscall.Close(w.kq)
 		w.kq = -1
 	}
 }

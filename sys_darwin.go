@@ -18,13 +18,13 @@ const (
 func newSocket(family, typ int) (int, error) {
 	syscall.ForkLock.RLock()
 	defer syscall.ForkLock.RUnlock()
-	fd, err := unix.Socket(family, typ, 0)
+	fd, err := syscall.Socket(family, typ, 0)
 	if err != nil {
 		return -1, os.NewSyscallError("socket", err)
 	}
-	unix.CloseOnExec(fd)
-	if err := unix.SetNonblock(fd, true); err != nil {
-		unix.Close(fd)
+	syscall.CloseOnExec(fd)
+	if err := syscall.SetNonblock(fd, true); err != nil {
+		syscall.Close(fd)
 		return -1, os.NewSyscallError("setnonblock", err)
 	}
 	return fd, nil
@@ -33,13 +33,13 @@ func newSocket(family, typ int) (int, error) {
 func socketpair(typ int) ([2]int, error) {
 	syscall.ForkLock.RLock()
 	defer syscall.ForkLock.RUnlock()
-	fds, err := unix.Socketpair(unix.AF_UNIX, typ, 0)
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, typ, 0)
 	if err != nil {
 		return fds, os.NewSyscallError("socketpair", err)
 	}
 	for _, fd := range fds {
-		unix.CloseOnExec(fd)
-		if err := unix.SetNonblock(fd, true); err != nil {
+		syscall.CloseOnExec(fd)
+		if err := syscall.SetNonblock(fd, true); err != nil {
 			closeAll(fds[:])
 			return fds, os.NewSyscallError("setnonblock", err)
 		}
@@ -52,7 +52,7 @@ func peerCred(fd int) (Cred, error) {
 	if err != nil {
 		return Cred{}, err
 	}
-	pid, err := unix.GetsockoptInt(fd, unix.SOL_LOCAL, unix.LOCAL_PEERPID)
+	pid, err := syscall.GetsockoptInt(fd, unix.SOL_LOCAL, unix.LOCAL_PEERPID)
 	if err != nil { // ENOTCONN when the peer has closed, and the user is known still
 		pid = 0
 	}
@@ -66,4 +66,4 @@ func wantSender(int) {}
 
 func nameSender() []byte { return nil }
 
-func senderOf(*unix.SocketControlMessage) int { return 0 }
+func senderOf(*syscall.SocketControlMessage) int { return 0 }

@@ -5,6 +5,7 @@ package ecdysis
 import (
 	"encoding/binary"
 	"runtime"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,13 +19,13 @@ func peerCred(fd int) (Cred, error) {
 	uidAt, pidAt := 0, -1
 	switch runtime.GOOS {
 	case "openbsd": // SO_PEERCRED, getsockopt(2): uid, gid, pid
-		level, option, pidAt = unix.SOL_SOCKET, 0x1022, 8
+		level, option, pidAt = syscall.SOL_SOCKET, 0x1022, 8
 	case "netbsd": // LOCAL_PEEREID, unix(4): pid, uid, gid
 		level, option, uidAt, pidAt = 0, 3, 4, 0
 	case "dragonfly": // LOCAL_PEERCRED, unix(4): version, uid
 		level, option, uidAt = 0, 1, 4
 	}
-	m, err := unix.GetsockoptIPv6Mreq(fd, level, option)
+	m, err := syscall.GetsockoptIPv6Mreq(fd, level, option)
 	if err != nil {
 		return Cred{}, err
 	}
@@ -43,4 +44,4 @@ func wantSender(int) {}
 
 func nameSender() []byte { return nil }
 
-func senderOf(*unix.SocketControlMessage) int { return 0 }
+func senderOf(*syscall.SocketControlMessage) int { return 0 }

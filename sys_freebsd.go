@@ -1,6 +1,7 @@
 package ecdysis
 
 import (
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -21,21 +22,21 @@ func peerCred(fd int) (Cred, error) {
 // a structure whose first field is the process ID (struct cmsgcred, unix(4)).
 const sizeofCmsgcred = 84
 
-var senderSpace = unix.CmsgSpace(sizeofCmsgcred)
+var senderSpace = syscall.CmsgSpace(sizeofCmsgcred)
 
 func wantSender(int) {}
 
 // nameSender returns the control data by which a message names its sender.
 func nameSender() []byte {
-	b := make([]byte, unix.CmsgSpace(sizeofCmsgcred))
-	h := (*unix.Cmsghdr)(unsafe.Pointer(&b[0]))
-	h.Level, h.Type = unix.SOL_SOCKET, unix.SCM_CREDS
-	h.SetLen(unix.CmsgLen(sizeofCmsgcred))
+	b := make([]byte, syscall.CmsgSpace(sizeofCmsgcred))
+	h := (*syscall.Cmsghdr)(unsafe.Pointer(&b[0]))
+	h.Level, h.Type = syscall.SOL_SOCKET, unix.SCM_CREDS
+	h.SetLen(syscall.CmsgLen(sizeofCmsgcred))
 	return b
 }
 
-func senderOf(m *unix.SocketControlMessage) int {
-	if m.Header.Level != unix.SOL_SOCKET || m.Header.Type != unix.SCM_CREDS || len(m.Data) < sizeofCmsgcred {
+func senderOf(m *syscall.SocketControlMessage) int {
+	if m.Header.Level != syscall.SOL_SOCKET || m.Header.Type != unix.SCM_CREDS || len(m.Data) < sizeofCmsgcred {
 		return 0
 	}
 	return int(*(*int32)(unsafe.Pointer(&m.Data[0])))

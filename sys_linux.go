@@ -26,7 +26,7 @@ const (
 )
 
 // dup3 makes the descriptor to refer to what from refers to, close-on-exec.
-func dup3(from, to int) error { return unix.Dup3(from, to, unix.O_CLOEXEC) }
+func dup3(from, to int) error { return unix.Dup3(from, to, syscall.O_CLOEXEC) }
 
 // abortReserve is how much of a stream's buffer is kept for an ABORT.
 const abortReserve = 64 << 10
@@ -34,37 +34,37 @@ const abortReserve = 64 << 10
 // keepReserve makes a stream's buffer as large as the system allows, less a
 // reserve. SO_SNDBUF is read as twice the value that was set (socket(7)).
 func keepReserve(fd int) {
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 1<<20)
-	if n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF); err == nil {
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, (n-abortReserve)/2)
+	_ = syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_SNDBUF, 1<<20)
+	if n, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_SNDBUF); err == nil {
+		_ = syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_SNDBUF, (n-abortReserve)/2)
 	}
 }
 
 func useReserve(fd int) {
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 1<<20)
+	_ = syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_SNDBUF, 1<<20)
 }
 
 func peerCred(fd int) (Cred, error) {
-	c, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	c, err := syscall.GetsockoptUcred(fd, syscall.SOL_SOCKET, syscall.SO_PEERCRED)
 	if err != nil {
 		return Cred{}, err
 	}
 	return Cred{PID: int(c.Pid), UID: int(c.Uid)}, nil
 }
 
-var senderSpace = unix.CmsgSpace(unix.SizeofUcred)
+var senderSpace = syscall.CmsgSpace(syscall.SizeofUcred)
 
 // wantSender makes every message on a socket come with its sender's process
 // ID as it is seen from here (unix(7)).
 func wantSender(fd int) {
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PASSCRED, 1)
+	_ = syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_PASSCRED, 1)
 }
 
 // nameSender returns nothing: the receiver has asked for it.
 func nameSender() []byte { return nil }
 
-func senderOf(m *unix.SocketControlMessage) int {
-	c, err := unix.ParseUnixCredentials(m)
+func senderOf(m *syscall.SocketControlMessage) int {
+	c, err := syscall.ParseUnixCredentials(m)
 	if err != nil {
 		return 0
 	}
@@ -101,7 +101,7 @@ func (w *watch) find(pid int) {
 	w.pid = pid
 	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil { // it has ended, or the kernel is older than 5.3 or forbids it
-		fd, w.refused = -1, err != unix.ESRCH
+		fd, w.refused = -1, err != syscall.ESRCH
 	}
 	w.pidfd = fd
 }
@@ -112,13 +112,13 @@ func (w *watch) exited(d time.Duration) bool {
 		if w.pidfd >= 0 {
 			fds := []unix.PollFd{{Fd: int32(w.pidfd), Events: unix.POLLIN}}
 			n, err := unix.Poll(fds, int((d+time.Millisecond-1)/time.Millisecond))
-			if err != unix.EINTR {
+			if err != syscall.EINTR {
 				return n > 0
 			}
 		} else {
 			var info unix.Siginfo
 			err := unix.Waitid(unix.P_PID, w.pid, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
-			if err == nil && info.Signo != 0 || err == unix.ECHILD && unix.Kill(w.pid, 0) == unix.ESRCH {
+			if err == nil && info.Signo != 0 || err == syscall.ECHILD && syscall.Kill(w.pid, 0) == syscall.ESRCH {
 				return true
 			}
 			time.Sleep(min(d, 5*time.Millisecond))
@@ -160,7 +160,7 @@ func standsForOthers(uid int) bool {
 // networkOfSocket returns a number that is the network namespace's of a socket
 // (SO_NETNS_COOKIE, from Linux 5.14 on), or 0 if the system does not tell.
 func networkOfSocket(fd int) uint64 {
-	n, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	n, err := unix.GetsockoptUint64(fd, syscall.SOL_SOCKET, unix.SO_NETNS_COOKIE)
 	if err != nil {
 		return 0
 	}
@@ -173,24 +173,24 @@ func (w *watch) kill() (done bool, err error) {
 	if w.pidfd < 0 {
 		return false, nil
 	}
-	err = unix.PidfdSendSignal(w.pidfd, unix.SIGKILL, nil, 0)
-	if err == unix.ESRCH { // it has ended
+	err = unix.PidfdSendSignal(w.pidfd, syscall.SIGKILL, nil, 0)
+	if err == syscall.ESRCH { // it has ended
 		err = nil
 	}
 	return err == nil, os.NewSyscallError("pidfd_send_signal", err)
 }
 
 // statExecutable tells which file this process runs, also if it was replaced.
-func statExecutable(exe string, st *unix.Stat_t) error {
-	if err := unix.Stat("/proc/self/exe", st); err == nil {
+func statExecutable(exe string, st *syscall.Stat_t) error {
+	if err := syscall.Stat("/proc/self/exe", st); err == nil {
 		return nil
 	}
-	return unix.Stat(exe, st)
+	return syscall.Stat(exe, st)
 }
 
 func (w *watch) close() {
 	if w.pidfd >= 0 {
-		unix.Close(w.pidfd)
+		syscall.Close(w.pidfd)
 		w.pidfd = -1
 	}
 }

@@ -11,9 +11,8 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // A takeover: a process that nobody here has started becomes the successor.
@@ -118,7 +117,7 @@ func dialPredecessor(path, unit string, deadline time.Time) (*stream, frame, err
 	defer cancel()
 	for tries := 1; ; tries++ {
 		c, err := dialControl(ctx, path)
-		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
+		if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED) {
 			return nil, frame{}, nil
 		}
 		if err == context.DeadlineExceeded { // the queue there is full

@@ -8,14 +8,12 @@ import (
 	"io"
 	"os"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 )
 
 // errNoBytes is what a call says that would send descriptors with nothing.
 var errNoBytes = errors.New("descriptors travel with at least one byte, and there is none")
 
-var errTooManyFiles = fmt.Errorf("%w: the system delivered fewer descriptors than were sent (see RLIMIT_NOFILE)", os.NewSyscallError("recvmsg", unix.EMFILE))
+var errTooManyFiles = fmt.Errorf("%w: the system delivered fewer descriptors than were sent (see RLIMIT_NOFILE)", os.NewSyscallError("recvmsg", syscall.EMFILE))
 
 // ReadFiles reads from a Unix connection of any kind into b, and returns the
 // descriptors that came with what it has read, close-on-exec, as files that
@@ -40,28 +38,28 @@ func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 	if err != nil {
 		return fail(err)
 	}
-	oob := make([]byte, unix.CmsgSpace(4*maxFDs)+senderSpace)
+	oob := make([]byte, syscall.CmsgSpace(4*maxFDs)+senderSpace)
 	var oobn, flags int
 	end := false
 	rerr := raw.Read(func(fd uintptr) bool {
 		n, oobn, flags, err = recvmsg(int(fd), b, oob)
-		if err == unix.ECONNRESET { // told once, and before what the peer has sent
+		if err == syscall.ECONNRESET { // told once, and before what the peer has sent
 			n, oobn, flags, err = recvmsg(int(fd), b, oob)
 		}
 		if err == nil && n == 0 {
 			typ := socketTypeOf(int(fd))
-			end = typ == unix.SOCK_STREAM || typ == unix.SOCK_SEQPACKET && atEnd(int(fd), flags)
+			end = typ == syscall.SOCK_STREAM || typ == syscall.SOCK_SEQPACKET && atEnd(int(fd), flags)
 		}
 		if err == nil && n == len(b) && leftRest(int(fd), flags) {
-			flags |= unix.MSG_TRUNC
+			flags |= syscall.MSG_TRUNC
 		}
-		return err != unix.EAGAIN
+		return err != syscall.EAGAIN
 	})
 	if rerr != nil {
 		return fail(rerr)
 	}
 	if err != nil {
-		if err == unix.EMFILE {
+		if err == syscall.EMFILE {
 			return fail(errTooManyFiles)
 		}
 		return fail(os.NewSyscallError("recvmsg", err))
@@ -69,9 +67,9 @@ func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 	fds, _, err := parseControl(oob[:oobn])
 	switch {
 	case err != nil:
-	case flags&unix.MSG_CTRUNC != 0:
+	case flags&syscall.MSG_CTRUNC != 0:
 		err = errTooManyFiles
-	case flags&unix.MSG_TRUNC != 0:
+	case flags&syscall.MSG_TRUNC != 0:
 		err = tooLong(len(b))
 	case end && len(fds) == 0:
 		return 0, nil, io.EOF
@@ -116,17 +114,17 @@ func WriteFiles(c syscall.Conn, b []byte, files ...*os.File) (n int, err error) 
 	err = withDescriptors(files, nil, func(fds []int) error {
 		var oob []byte
 		if len(fds) > 0 {
-			oob = unix.UnixRights(fds...)
+			oob = syscall.UnixRights(fds...)
 		}
 		var err error
 		werr := raw.Write(func(fd uintptr) bool {
 			flags, typ := 0, socketTypeOf(int(fd))
-			if typ == unix.SOCK_SEQPACKET {
-				flags = unix.MSG_EOR
+			if typ == syscall.SOCK_SEQPACKET {
+				flags = syscall.MSG_EOR
 			}
 			for err = nil; err == nil && n < len(b); {
 				part := b[n:]
-				if oob != nil && typ == unix.SOCK_STREAM && dropsDescriptors {
+				if oob != nil && typ == syscall.SOCK_STREAM && dropsDescriptors {
 					part = part[:1] // the rest can wait for room without being lost
 				}
 				var m int
@@ -135,7 +133,7 @@ func WriteFiles(c syscall.Conn, b []byte, files ...*os.File) (n int, err error) 
 					oob = nil
 				}
 			}
-			return err != unix.EAGAIN
+			return err != syscall.EAGAIN
 		})
 		if werr != nil {
 			return werr
@@ -195,21 +193,21 @@ func PeerCred(c syscall.Conn) (Cred, error) {
 	}
 	var cred Cred
 	cerr := raw.Control(func(fd uintptr) {
-		sa, serr := unix.Getsockname(int(fd))
-		if _, isUnix := sa.(*unix.SockaddrUnix); !isUnix {
+		sa, serr := syscall.Getsockname(int(fd))
+		if _, isUnix := sa.(*syscall.SockaddrUnix); !isUnix {
 			err = fmt.Errorf("a %T is no Unix connection: %w", c, errors.ErrUnsupported)
 			if serr != nil {
 				err = os.NewSyscallError("getsockname", serr)
 			}
 			return
 		}
-		if cred, err = peerCred(int(fd)); err == unix.EINVAL || err == unix.EOPNOTSUPP {
-			err = unix.ENOTCONN // what some BSDs mean by these
+		if cred, err = peerCred(int(fd)); err == syscall.EINVAL || err == syscall.EOPNOTSUPP {
+			err = syscall.ENOTCONN // what some BSDs mean by these
 		}
 		if err != nil {
 			err = os.NewSyscallError("getsockopt", err)
 		} else if cred.UID == -1 || uint32(cred.UID) == 1<<32-1 {
-			err = os.NewSyscallError("getsockopt", unix.ENOTCONN)
+			err = os.NewSyscallError("getsockopt", syscall.ENOTCONN)
 		}
 	})
 	if cerr != nil {

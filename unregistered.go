@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -56,8 +57,8 @@ func (u *Upgrader) unregistered() ([]*strayedSocket, error) {
 	// A copy of a registered socket is no other socket.
 	type id struct{ dev, ino uint64 }
 	ident := func(fd int) (id, bool) {
-		var st unix.Stat_t
-		err := unix.Fstat(fd, &st)
+		var st syscall.Stat_t
+		err := syscall.Fstat(fd, &st)
 		return id{uint64(st.Dev), uint64(st.Ino)}, err == nil && st.Ino != 0
 	}
 	numbers, known := make(map[int]bool), make(map[id]bool)
@@ -90,8 +91,8 @@ func (u *Upgrader) unregistered() ([]*strayedSocket, error) {
 // which are not, on every system. NetBSD refuses more than a thousand at a
 // time, and macOS tells of nothing that was not asked for.
 func openDescriptors() ([]int, error) {
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		return nil, os.NewSyscallError("getrlimit", err)
 	}
 	end := 1 << 20
@@ -110,7 +111,7 @@ func openDescriptors() ([]int, error) {
 			if err == nil {
 				break
 			}
-			if err != unix.EINTR {
+			if err != syscall.EINTR {
 				return nil, os.NewSyscallError("poll", err)
 			}
 		}

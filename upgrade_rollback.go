@@ -12,9 +12,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Giving an attempt up: ending the successor, taking the sockets back, and
@@ -65,11 +64,11 @@ func (a *attempt) removeBeside() {
 	}
 	pid := cmp.Or(a.ownPID, a.pid())
 	for _, e := range a.handed {
-		var st unix.Stat_t
+		var st syscall.Stat_t
 		if e.path == "" || e.foreign {
 			continue
 		}
-		if beside := besidePath(e.path, pid); unix.Lstat(beside, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFSOCK {
+		if beside := besidePath(e.path, pid); syscall.Lstat(beside, &st) == nil && st.Mode&syscall.S_IFMT == syscall.S_IFSOCK {
 			_ = os.Remove(beside)
 		}
 	}

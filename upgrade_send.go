@@ -7,9 +7,8 @@ import (
 	"io"
 	"os"
 	"strconv"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // What the predecessor hands on: starting the process that gets it, and sending
@@ -17,11 +16,11 @@ import (
 
 // startChild runs cmd as the successor.
 func (a *attempt) startChild(cmd *Command) error {
-	fds, err := socketpair(unix.SOCK_STREAM)
+	fds, err := socketpair(syscall.SOCK_STREAM)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fds[1])
+	defer syscall.Close(fds[1])
 	if a.s, err = newStream(fds[0]); err != nil {
 		return err
 	}
