@@ -28,7 +28,7 @@ const upgradesOfServers = 30
 // after the upgrade.
 type server struct {
 	serve  func(d *proctest.Daemon, ln net.Listener)
-	finish func()
+	finish func(net.Listener)
 }
 
 var served server // by this process
@@ -41,23 +41,44 @@ func define(name string, make func() server) (serve, finish proctest.Call[procte
 		go served.serve(d, d.Listener(0))
 		return proctest.None{}, nil
 	})
-	finish = proctest.Define("finish "+name, func(*proctest.Daemon, proctest.None) (proctest.None, error) {
-		served.finish()
+	finish = proctest.Define("finish "+name, func(d *proctest.Daemon, _ proctest.None) (proctest.None, error) {
+		served.finish(d.Listener(0))
 		os.Exit(0)
 		return proctest.None{}, nil
 	})
 	return serve, finish
 }
 
-// closesAll closes all of its clients when Accept fails.
+// A loop is an accept loop and its clients.
+type loop struct {
+	ending  atomic.Bool // the program closes the listener
+	ended   chan struct{}
+	clients sync.WaitGroup
+}
+
+// finish ends the loop first, because it may be about to count a client that
+// Accept has returned.
+func (l *loop) finish(ln net.Listener) {
+	l.ending.Store(true)
+	ln.Close()
+	<-l.ended
+	l.clients.Wait()
+}
+
+// closesAll closes all of its clients when Accept fails before the program
+// closes the listener.
 var serveClosesAll, finishClosesAll = define("closing all clients when Accept fails", func() server {
 	var mu sync.Mutex
 	clients := map[net.Conn]bool{}
-	var serving sync.WaitGroup
+	l := loop{ended: make(chan struct{})}
 	return server{
 		serve: func(d *proctest.Daemon, ln net.Listener) {
+			defer close(l.ended)
 			for {
 				c, err := ln.Accept()
+				if err != nil && l.ending.Load() {
+					return
+				}
 				if err != nil {
 					mu.Lock()
 					defer mu.Unlock()
@@ -69,7 +90,7 @@ var serveClosesAll, finishClosesAll = define("closing all clients when Accept fa
 				mu.Lock()
 				clients[c] = true
 				mu.Unlock()
-				serving.Go(func() {
+				l.clients.Go(func() {
 					d.Serve(c)
 					mu.Lock()
 					defer mu.Unlock()
@@ -77,26 +98,30 @@ var serveClosesAll, finishClosesAll = define("closing all clients when Accept fa
 				})
 			}
 		},
-		finish: func() { serving.Wait() },
+		finish: l.finish,
 	}
 })
 
-// goesOn accepts again after each error, and exits with status 1 if there was
-// one.
+// goesOn exits with status 1 if Accept fails before the program closes the
+// listener.
 var serveGoesOn, finishGoesOn = define("going on after errors", func() server {
-	var serving sync.WaitGroup
+	l := loop{ended: make(chan struct{})}
 	return server{
 		serve: func(d *proctest.Daemon, ln net.Listener) {
+			defer close(l.ended)
 			for {
 				c, err := ln.Accept()
+				if err != nil && l.ending.Load() {
+					return
+				}
 				if err != nil {
 					fmt.Fprintln(os.Stderr, "Accept failed before the program closed the listener:", err)
 					os.Exit(1)
 				}
-				serving.Go(func() { d.Serve(c) })
+				l.clients.Go(func() { d.Serve(c) })
 			}
 		},
-		finish: func() { serving.Wait() },
+		finish: l.finish,
 	}
 })
 
@@ -117,7 +142,7 @@ var serveReturns, finishReturns = define("returning when Accept fails", func() s
 				go d.Load().Serve(c)
 			}
 		},
-		finish: func() {
+		finish: func(net.Listener) {
 			if err := srv.Shutdown(context.Background()); err != nil {
 				fmt.Fprintln(os.Stderr, err)
 			}
@@ -172,7 +197,7 @@ var serveHTTP, finishHTTP = define("net/http", func() server {
 				os.Exit(1)
 			}
 		},
-		finish: func() {
+		finish: func(net.Listener) {
 			time.Sleep(50 * time.Millisecond) // what a program may do meanwhile
 			if err := d.Shutdown(context.Background()); err != nil {
 				fmt.Fprintln(os.Stderr, err)
