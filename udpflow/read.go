@@ -237,7 +237,7 @@ type client struct {
 	// table's number of changes is still the same. Sockets of all groups have
 	// different numbers.
 	socket  uint64
-	changes uint64
+	changes uint32
 	until   uint64
 }
 

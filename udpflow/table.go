@@ -38,7 +38,7 @@ type header struct {
 	keyPrint        uint64        // of Config.Key
 	generationPrint uint64        // of Config.Generation
 	owners          atomic.Uint32 // the last number that newOwner has returned
-	changes         atomic.Uint64 // how often a flow has changed its owner
+	changes         atomic.Uint32 // how often a flow has changed its owner
 }
 
 type bucket [bucketSlots]slot
@@ -46,9 +46,12 @@ type bucket [bucketSlots]slot
 // A slot's hash and state belong together if the state is the same before and
 // after the hash is read. No state comes twice, because a slot is used again only
 // when its flow has expired, and its next flow expires later.
+//
+// So the hash may be stored by a lock of the process, as sync/atomic does it on
+// some processors, but the state must not.
 type slot struct {
 	hash  atomic.Uint64 // never 0 in a slot that was used
-	state atomic.Uint64 // 0 in a slot that was never used
+	state stateWord     // 0 in a slot that was never used
 }
 
 const (
