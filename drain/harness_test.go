@@ -25,7 +25,7 @@ import (
 )
 
 // patience is how long a test waits for what must happen.
-const patience = proctest.Patience
+var patience = proctest.Patience
 
 // within returns a context that ends with the test's patience.
 func within(t *testing.T) context.Context {

@@ -191,7 +191,7 @@ var serveHTTP, finishHTTP = define("net/http", func() server {
 				fmt.Fprintln(w, os.Getpid(), daemon.U.Generation())
 			})
 			d = httpdrain.New(srv)
-			d.Grace = 100 * time.Millisecond
+			d.Grace = proctest.Patience // no connection is quiet
 			if err := srv.Serve(d.Listener(ln)); !errors.Is(err, http.ErrServerClosed) {
 				fmt.Fprintln(os.Stderr, "fatal:", err)
 				os.Exit(1)

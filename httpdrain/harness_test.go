@@ -39,10 +39,10 @@ const (
 	graceVar = "HTTPDRAIN_TEST_GRACE"
 	certVar  = "HTTPDRAIN_TEST_CERT" // path of the certificate; the key is beside it
 	h2cVar   = "HTTPDRAIN_TEST_H2C"  // HTTP/2 without TLS, too, if it is not empty
-
-	// patience is how long a test waits for what must happen.
-	patience = 30 * time.Second
 )
+
+// patience is how long a test waits for what must happen.
+var patience = proctest.Patience
 
 func TestMain(m *testing.M) {
 	var err error

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/ecdysis-go/ecdysis"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 	"github.com/ecdysis-go/ecdysis/keeper"
 	"golang.org/x/sys/unix"
 )
@@ -32,8 +33,9 @@ const (
 	initVar    = "KEEPER_TEST_INIT"
 	rootVar    = "KEEPER_TEST_ROOT"
 	siblingVar = "KEEPER_TEST_SIBLING"
-	patience   = 20 * time.Second
 )
+
+var patience = proctest.Patience
 
 func TestMain(m *testing.M) {
 	if os.Getenv(dirVar) == "" {
@@ -900,6 +902,9 @@ func TestTerminal(t *testing.T) {
 // and /run.
 func TestContainer(t *testing.T) {
 	t.Parallel()
+	if _, err := exec.LookPath("go"); err != nil {
+		t.Skip("the image's program cannot be built here: ", err)
+	}
 	page, err := os.ReadFile("../docs/containers.md")
 	if err != nil {
 		t.Fatal(err)

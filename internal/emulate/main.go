@@ -1,15 +1,19 @@
 //go:build linux
 
 // Command emulate is the first process of the machines in which .ci/emulate
-// runs the tests. It mounts what the tests need, runs each program in /test, and
-// switches the machine off.
+// runs the tests. It mounts what the tests need, installs busybox's commands,
+// runs each test program in /src with the arguments in /arguments, and switches
+// the machine off.
 package main
 
 import (
+	"bufio"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,7 +29,7 @@ func main() {
 }
 
 func run() error {
-	for _, m := range [][2]string{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/tmp"}, {"tmpfs", "/run"}, {"tmpfs", "/dev/shm"}} {
+	for _, m := range [][2]string{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"devpts", "/dev/pts"}, {"tmpfs", "/tmp"}, {"tmpfs", "/run"}, {"tmpfs", "/dev/shm"}} {
 		if err := os.MkdirAll(m[1], 0o755); err != nil {
 			return err
 		}
@@ -33,13 +37,28 @@ func run() error {
 			return fmt.Errorf("mount %s: %w", m[1], err)
 		}
 	}
+	for i, name := range []string{"stdin", "stdout", "stderr"} {
+		if err := os.Symlink(fmt.Sprint("/proc/self/fd/", i), "/dev/"+name); err != nil {
+			return err
+		}
+	}
+	if err := os.Symlink("/proc/self/fd", "/dev/fd"); err != nil {
+		return err
+	}
 	if err := os.Chmod("/tmp", 0o1777); err != nil {
+		return err
+	}
+	if err := os.Mkdir("/mnt", 0o755); err != nil {
+		return err
+	}
+	// The limits that programs find under Debian's own first process.
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1024, Max: 512 << 10}); err != nil {
 		return err
 	}
 	if err := loopback(); err != nil {
 		return err
 	}
-	for name, value := range map[string]string{"PATH": "/bin", "HOME": "/tmp", "TMPDIR": "/tmp"} {
+	for name, value := range map[string]string{"PATH": "/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "ECDYSIS_PROCTEST_PATIENCE": "5m"} {
 		os.Setenv(name, value)
 	}
 	var u unix.Utsname
@@ -47,24 +66,85 @@ func run() error {
 		return err
 	}
 	fmt.Printf("emulate: Linux %s on %s\n", unix.ByteSliceToString(u.Release[:]), unix.ByteSliceToString(u.Machine[:]))
-	programs, err := filepath.Glob("/test/*.test")
+	if out, err := exec.Command("/bin/busybox", "--install", "-s", "/bin").CombinedOutput(); err != nil {
+		return fmt.Errorf("busybox: %w: %s", err, out)
+	}
+	arguments, err := os.ReadFile("/arguments")
 	if err != nil {
 		return err
 	}
-	for _, path := range programs {
-		name := filepath.Base(path)
-		cmd := exec.Command(path, os.Args[1:]...)
-		cmd.Dir = "/src/" + name // where a package's files are
-		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
-		began := time.Now()
-		result := "ok"
-		if err := cmd.Run(); err != nil {
-			result = "FAIL " + err.Error()
+	err = filepath.WalkDir("/src", func(path string, _ fs.DirEntry, err error) error {
+		if err == nil && filepath.Ext(path) == ".test" {
+			test(path, strings.Fields(string(arguments)))
 		}
-		fmt.Printf("emulate: %s: %s (%.0fs)\n", name, result, time.Since(began).Seconds())
+		return err
+	})
+	if err != nil {
+		return err
 	}
 	fmt.Println("emulate: done")
 	return nil
+}
+
+// test runs a test program and prints its result.
+func test(path string, arguments []string) {
+	name := filepath.Base(path)
+	began := time.Now()
+	cmd := exec.Command(path, append([]string{"-test.v"}, arguments...)...)
+	cmd.Dir = filepath.Dir(path) // where the package's files are
+	r, w, err := os.Pipe()
+	if err != nil {
+		fmt.Printf("emulate: %s: FAIL %v\n", name, err)
+		return
+	}
+	cmd.Stdout, cmd.Stderr = w, w
+	err = cmd.Start()
+	w.Close()
+	o := output{counts: make(map[string]int)}
+	if err == nil {
+		// All tests have ended when the program has, although a process that one of
+		// them has left may have a copy of w.
+		read := make(chan struct{})
+		go func() {
+			defer close(read)
+			for lines := bufio.NewScanner(r); lines.Scan(); {
+				o.line(lines.Text())
+			}
+		}()
+		err = cmd.Wait()
+		r.SetReadDeadline(time.Now().Add(10 * time.Second))
+		<-read
+	}
+	result := "ok"
+	if err != nil {
+		result = "FAIL " + err.Error()
+	}
+	fmt.Printf("emulate: %s: %s, %d passed, %d skipped, %d failed (%.0fs)\n", name, result,
+		o.counts["PASS"], o.counts["SKIP"], o.counts["FAIL"], time.Since(began).Seconds())
+}
+
+// An output is that of a test program with -test.v.
+type output struct {
+	heading string         // the last line that says whose lines follow, if it was not printed
+	counts  map[string]int // of the tests, by result
+}
+
+// line prints a line, but no heading without anything below it, and no part of a
+// test that has passed.
+func (o *output) line(s string) {
+	if strings.HasPrefix(s, "=== ") {
+		o.heading = s
+		return
+	}
+	if result, _, ok := strings.Cut(strings.TrimPrefix(s, "--- "), ":"); ok && strings.HasPrefix(s, "--- ") {
+		o.counts[result]++
+	} else if rest := strings.TrimSpace(s); strings.HasPrefix(rest, "--- PASS") {
+		return
+	} else if o.heading != "" && s != rest && !strings.HasPrefix(rest, "--- ") {
+		fmt.Println(o.heading)
+		o.heading = ""
+	}
+	fmt.Println(s)
 }
 
 // loopback makes 127.0.0.1 and ::1 reachable.

@@ -18,8 +18,23 @@ const (
 	hubVar  = "ECDYSIS_PROCTEST_HUB"
 )
 
-// Patience is how long a test waits for what must happen.
-const Patience = 30 * time.Second
+// Patience is how long a test waits for what must happen. It is 30 seconds, or
+// the duration that the environment variable ECDYSIS_PROCTEST_PATIENCE has, for
+// machines on which that is too short.
+var Patience = patience()
+
+func patience() time.Duration {
+	const usual = 30 * time.Second
+	value := os.Getenv("ECDYSIS_PROCTEST_PATIENCE")
+	if value == "" {
+		return usual
+	}
+	d, err := time.ParseDuration(value)
+	if err != nil || d < usual {
+		panic("ECDYSIS_PROCTEST_PATIENCE: want a duration of at least " + usual.String() + ", not " + strconv.Quote(value))
+	}
+	return d
+}
 
 // Main is what TestMain calls. It runs the tests, or the role that the
 // environment names, and exits.
