@@ -82,7 +82,7 @@ func (u *Upgrader) addCopy(what, kind, name string, c syscall.Conn) error {
 	if err != nil {
 		return fail(err)
 	}
-	e.raw = rawFD(fd)
+	e.setBare(fd)
 	if kind == kindFile {
 		e.recognize(fd)
 	} else if err := checkConn(fd); err != nil {
@@ -363,7 +363,9 @@ func (u *Upgrader) DatagramPair(name string) (toParent, toChild *net.UnixConn, e
 			return fail(err)
 		}
 	}
-	u.reg.entries = append(u.reg.entries, &entry{wire: wire{kind: kindPair, name: name}, raw: rawFD(fds[1])})
+	kept := &entry{wire: wire{kind: kindPair, name: name}}
+	kept.setBare(fds[1])
+	u.reg.entries = append(u.reg.entries, kept)
 	if e == nil {
 		return nil, toChild, noneNamed("datagram pair of the predecessor", name)
 	}

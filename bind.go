@@ -24,7 +24,8 @@ func (a *bindAddr) open(kind string, lc ListenConfig) (*entry, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &entry{wire: wire{kind: kind, keep: lc.KeepOnStop}, raw: rawFD(fd)}
+	e := &entry{wire: wire{kind: kind, keep: lc.KeepOnStop}}
+	e.setBare(fd)
 	if err := a.bind(fd, lc, e); err != nil {
 		syscall.Close(fd)
 		return nil, err
@@ -70,7 +71,7 @@ func (a *bindAddr) bind(fd int, lc ListenConfig, e *entry) error {
 		case syscall.AF_INET6:
 			network = network[:3] + "6"
 		}
-		if err := lc.Control(network, a.addr.String(), rawFD(fd)); err != nil {
+		if err := lc.Control(network, a.addr.String(), e.raw); err != nil {
 			return err
 		}
 	}

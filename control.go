@@ -32,7 +32,7 @@ type control struct {
 	serving sync.Mutex // held by the call of Wait that serves the clients, until finish
 
 	mu     sync.Mutex
-	takers []*net.UnixConn // clients of the takeover socket that have sent nothing yet, in the order of their coming
+	takers []streamConn // clients of the takeover socket that have sent nothing yet, in the order of their coming
 }
 
 // controlPath returns the path of a control socket, made absolute.
@@ -140,7 +140,7 @@ func (c *control) finish() {
 // trusted returns an error unless the peer runs as root or as this process's
 // user. Where only the peer's user ID protects this process, and no file's mode,
 // it must not be one that stands for every unknown user.
-func trusted(c *net.UnixConn, byIDAlone bool) error {
+func trusted(c syscall.Conn, byIDAlone bool) error {
 	cred, err := PeerCred(c)
 	if err != nil {
 		return err

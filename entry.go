@@ -203,17 +203,24 @@ type entry struct {
 	// Upgrader.mu guards what follows. While an upgrade runs its entries keep
 	// raw and sock, so that the attempt may use them without the lock.
 	state entryState
-	raw   syscall.RawConn // a rawFD until sock has the descriptor; nil if it was closed or moved out
-	sock  pausable        // nil for a bare descriptor
+	raw   syscall.RawConn // &bare until sock has the descriptor; nil if it was closed or moved out
+	bare  bareFD
+	sock  pausable // nil for a bare descriptor
 }
 
-// rawFD is a syscall.RawConn for a descriptor that is not in the poller's
+// A bareFD is a syscall.RawConn for a descriptor that is not in the poller's
 // hands.
-type rawFD int
+type bareFD int
 
-func (fd rawFD) Control(f func(uintptr)) error  { f(uintptr(fd)); return nil }
-func (fd rawFD) Read(func(uintptr) bool) error  { return os.ErrInvalid }
-func (fd rawFD) Write(func(uintptr) bool) error { return os.ErrInvalid }
+func (fd *bareFD) Control(f func(uintptr)) error  { f(uintptr(*fd)); return nil }
+func (fd *bareFD) Read(func(uintptr) bool) error  { return os.ErrInvalid }
+func (fd *bareFD) Write(func(uintptr) bool) error { return os.ErrInvalid }
+
+// setBare gives e a descriptor that is in nobody's hands.
+func (e *entry) setBare(fd int) {
+	e.bare = bareFD(fd)
+	e.raw = &e.bare
+}
 
 // control calls f with e's descriptor, which stays what it is meanwhile.
 func (e *entry) control(f func(fd uintptr)) error {
@@ -225,18 +232,16 @@ func (e *entry) control(f func(fd uintptr)) error {
 
 // isBare reports whether e is a descriptor in nobody's hands.
 func (e *entry) isBare() bool {
-	_, bare := e.raw.(rawFD)
-	return bare
+	return e.raw == &e.bare
 }
 
 // moveOut returns e's bare descriptor, which is then the caller's, or -1.
 func (e *entry) moveOut() int {
-	fd, bare := e.raw.(rawFD)
-	if !bare {
+	if !e.isBare() {
 		return -1
 	}
 	e.raw = nil
-	return int(fd)
+	return int(e.bare)
 }
 
 // closeBare closes a bare descriptor.

@@ -576,7 +576,9 @@ func TestSmallBatches(t *testing.T) {
 		defer r.Close()
 		on(t, w, func(fd int) {
 			fd, err = duplicate(fd)
-			a.rest = append(a.rest, &entry{wire: wire{kind: kindFile, name: strconv.Itoa(i)}, raw: rawFD(fd)})
+			e := &entry{wire: wire{kind: kindFile, name: strconv.Itoa(i)}}
+			e.setBare(fd)
+			a.rest = append(a.rest, e)
 		})
 		if w.Close(); err != nil {
 			t.Fatal(err)
@@ -720,7 +722,7 @@ func TestNoDualStack(t *testing.T) {
 	}
 	defer e.closeBare()
 	e.network, e.address = "tcp", "[::]:0"
-	if err := new(entry).inherit(recordOf(t, e), int(e.raw.(rawFD))); err != nil {
+	if err := new(entry).inherit(recordOf(t, e), int(e.bare)); err != nil {
 		t.Error(err)
 	}
 	four, err := resolve("tcp", ":80")

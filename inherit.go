@@ -140,7 +140,8 @@ func (u *Upgrader) disinherit() {
 // that nobody asks for.
 func (e *entry) inherit(r record, fd int) error {
 	w, err := decodeWire(r)
-	*e = entry{wire: w, inherited: true, state: unclaimed, raw: rawFD(fd)}
+	*e = entry{wire: w, inherited: true, state: unclaimed}
+	e.setBare(fd)
 	if err == nil {
 		err = e.check(fd)
 	}

@@ -116,7 +116,9 @@ func writeState(write func(io.Writer) error) (*os.File, *entry, error) {
 		return nil, nil, err
 	}
 	done = true
-	return f, &entry{wire: wire{kind: kindState, size: size}, raw: rawFD(f.Fd())}, nil
+	e := &entry{wire: wire{kind: kindState, size: size}}
+	e.setBare(int(f.Fd()))
+	return f, e, nil
 }
 
 // A stateWriter is all that SendState may do to the file, and only until it

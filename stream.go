@@ -24,7 +24,7 @@ import (
 // Sending never blocks. A goroutine that waits for input holds turn. It is
 // woken by input, by its deadline or context, and by wakeReader.
 type stream struct {
-	conn *net.UnixConn
+	conn streamConn
 	raw  syscall.RawConn
 
 	// turn is held by the goroutine that waits for input. It alone sets conn's
@@ -47,6 +47,16 @@ type stream struct {
 	out []byte // the rest of a frame of which the system has taken a part
 }
 
+// A streamConn is a *os.File, or a *net.UnixConn where net has made the
+// connection. Net would make a copy of a descriptor first, and ask the system
+// for addresses that nobody needs.
+type streamConn interface {
+	syscall.Conn
+	SetReadDeadline(time.Time) error
+	SetWriteDeadline(time.Time) error
+	Close() error
+}
+
 // unixConn makes a connection of fd. With an error fd is closed.
 func unixConn(fd int) (*net.UnixConn, error) {
 	f := os.NewFile(uintptr(fd), "")
@@ -65,16 +75,19 @@ func unixConn(fd int) (*net.UnixConn, error) {
 
 // newStream makes a stream of fd. With an error fd is closed.
 func newStream(fd int) (*stream, error) {
-	conn, err := unixConn(fd)
-	if err != nil {
-		return nil, err
+	if err := syscall.SetNonblock(fd, true); err != nil {
+		syscall.Close(fd)
+		return nil, os.NewSyscallError("setnonblock", err)
 	}
-	return streamOn(conn)
+	return streamOn(os.NewFile(uintptr(fd), "stream"))
 }
 
 // streamOn makes a stream of conn. With an error conn is closed.
-func streamOn(conn *net.UnixConn) (*stream, error) {
+func streamOn(conn streamConn) (*stream, error) {
 	raw, err := conn.SyscallConn()
+	if err == nil {
+		err = conn.SetReadDeadline(time.Time{}) // fails if the poller could not take it
+	}
 	if err != nil {
 		conn.Close()
 		return nil, err

@@ -69,7 +69,7 @@ func (c *control) serveTakeover(t trigger, running *sync.WaitGroup) {
 	running.Go(func() {
 		unit, err := t.taker.awaitTake()
 		c.mu.Lock()
-		c.takers = slices.DeleteFunc(c.takers, func(s *net.UnixConn) bool { return s == conn })
+		c.takers = slices.DeleteFunc(c.takers, func(s streamConn) bool { return s == conn })
 		c.mu.Unlock()
 		if err == nil && t.taker.atEnd() {
 			err = io.EOF // it came while this process did not look, and has gone

@@ -71,7 +71,9 @@ func hologram() *entry {
 			panic(err)
 		}
 	}
-	return &entry{wire: wire{kind: "hologram", name: "later"}, raw: rawFD(null.Fd())}
+	e := &entry{wire: wire{kind: "hologram", name: "later"}}
+	e.setBare(int(null.Fd()))
+	return e
 }
 
 // A stage is how far an attempt has come.`},
