@@ -43,6 +43,7 @@ var (
 // A sample is what a generation has measured, in nanoseconds.
 type sample struct {
 	Floor   int64 // fork, exec and one byte back from the same binary
+	Net     int64 // what one listener costs with net alone
 	Upgrade int64
 	Quiet   int64 // moment at which every listener was quiet, by the wall clock
 	Open    int64 // moment at which this generation's Ready returned, likewise
@@ -83,6 +84,9 @@ func benchMain() error {
 	if s.Floor, err = floor(); err != nil {
 		return err
 	}
+	if s.Net, err = floorListeners(min(n, 1000)); err != nil {
+		return err
+	}
 	start := time.Now()
 	if err := u.Upgrade(); err != nil {
 		return err
@@ -114,35 +118,38 @@ func floor() (int64, error) {
 	return d, err
 }
 
-// floorListeners returns what n listeners cost apart from the package: to get
-// a copy of a descriptor, which stands for what is received, and to give it to
-// net, and to close both. The old process closes its own.
-func floorListeners(b *testing.B, n int) time.Duration {
-	var list []net.Listener
+// floorListeners returns what one of n listeners costs apart from the package: to
+// get a copy of a descriptor, which stands for what is received, and to give it
+// to net, and to close both. The old process closes its own.
+func floorListeners(n int) (int64, error) {
+	address := "127.0.0.1:0"
+	if runtime.GOOS == "linux" {
+		address = "127.0.0.2:0" // free ports take long to find at an address with thousands of listeners
+	}
+	var list, copies []net.Listener
 	for range n {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		ln, err := net.Listen("tcp", address)
 		if err != nil {
-			b.Fatal(err)
+			return 0, err
 		}
 		list = append(list, ln)
 	}
-	var copies []net.Listener
 	start := time.Now()
 	for _, ln := range list {
 		raw, err := ln.(*net.TCPListener).SyscallConn()
 		if err != nil {
-			b.Fatal(err)
+			return 0, err
 		}
 		fd := -1
 		_ = raw.Control(func(s uintptr) { fd, err = syscall.Dup(int(s)) })
 		if err != nil {
-			b.Fatal(err)
+			return 0, err
 		}
 		f := os.NewFile(uintptr(fd), "")
 		c, err := net.FileListener(f)
 		f.Close()
 		if err != nil {
-			b.Fatal(err)
+			return 0, err
 		}
 		copies = append(copies, c)
 	}
@@ -153,7 +160,7 @@ func floorListeners(b *testing.B, n int) time.Duration {
 	for _, ln := range copies {
 		ln.Close()
 	}
-	return d
+	return d.Nanoseconds() / int64(n), nil
 }
 
 // chain runs n upgrades in a row and returns what each has measured.
@@ -212,13 +219,14 @@ func BenchmarkUpgrade(b *testing.B) {
 			b.ReportMetric(0, "ns/op") // the chain's own work would be in it
 			b.ReportMetric(floor/1e3, "floor-µs")
 			b.ReportMetric(upgrade/1e3, "upgrade-µs")
-			b.ReportMetric(upgrade/floor, "×floor")
 			if n == 1 {
 				one = upgrade
+				proctest.Ratio(b, upgrade/floor, 1.2, "×floor")
 			} else if one > 0 {
-				b.ReportMetric((upgrade-one)/1e3/float64(n-1), "µs/listener")
-				m := min(n, 4000) // each takes two descriptors
-				b.ReportMetric(float64(floorListeners(b, m).Nanoseconds())/1e3/float64(m), "floor-µs/listener")
+				each, alone := (upgrade-one)/float64(n-1), median(list, func(s sample) int64 { return s.Net })
+				b.ReportMetric(each/1e3, "µs/listener")
+				b.ReportMetric(alone/1e3, "net-µs/listener")
+				proctest.Ratio(b, each/alone, 1.2, "×net/listener")
 			}
 			if len(list) > 1 {
 				var quiet []sample
@@ -265,7 +273,7 @@ func BenchmarkAccept(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 	b.ReportMetric(float64(sums[1].Nanoseconds())/float64(b.N*batch), "net-ns")
 	b.ReportMetric(float64(sums[0].Nanoseconds())/float64(b.N*batch), "accept-ns")
-	b.ReportMetric(ratios[len(ratios)/2], "throughput/net")
+	proctest.Ratio(b, 1/ratios[len(ratios)/2], 1.02, "×net")
 }
 
 func acceptBatch(ln net.Listener, n int) (time.Duration, error) {
@@ -359,6 +367,7 @@ func BenchmarkSize(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 	b.ReportMetric(plain/1e3, "plain-kB")
 	b.ReportMetric((with-plain)/1e3, "added-kB")
+	proctest.Ratio(b, (with-plain)/500e3, 1, "×500kB")
 }
 
 // BenchmarkSeqpacket compares a packet's way there and back over a
@@ -405,7 +414,7 @@ func BenchmarkSeqpacket(b *testing.B) {
 			b.ReportMetric(0, "ns/op")
 			b.ReportMetric(ns[1], "net-ns")
 			b.ReportMetric(ns[0], "seqpacket-ns")
-			b.ReportMetric(ns[0]/ns[1], "×net")
+			proctest.Ratio(b, ns[0]/ns[1], 1.02, "×net")
 			b.ReportMetric(allocs[0], "allocs/packet")
 			b.ReportMetric(allocs[1], "net-allocs/packet")
 		})

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/ecdysis-go/ecdysis/httpdrain"
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
 // benchServer serves ok, with a Drainer or without one. It returns the address,
@@ -76,7 +77,7 @@ func BenchmarkRequest(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 	b.ReportMetric(float64(bare), "bare-ns/request")
 	b.ReportMetric(float64(drained), "drained-ns/request")
-	b.ReportMetric(float64(drained)/float64(bare), "ratio")
+	proctest.Ratio(b, float64(drained)/float64(bare), 1.1, "×bare")
 }
 
 // The same without a network and without parsing shows what the handler, the
