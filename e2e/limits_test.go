@@ -131,6 +131,31 @@ func needDescriptors(t *testing.T, n uint64) {
 	}
 }
 
+// Listeners that the program closes before they were sent are not handed on.
+func TestClosedBeforeSent(t *testing.T) {
+	t.Parallel()
+	const n = 160
+	var spec proctest.Spec
+	for range n { // more than the system takes before the successor reads
+		spec = spec.And("tcp", "127.0.0.1:"+strings.Repeat("0", 15_000))
+	}
+	p := proctest.Start(t, spec, proctest.TCP.Hold(proctest.AtStart))
+	a := p.BeginUpgrade()
+	s := a.Successor()
+	s.At(proctest.AtStart)
+	for i := range n {
+		if err := p.Close(i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.Resume()
+	a.OK()
+	s.Serves()
+	if got := len(s.Event(ecdysis.EventReady, 0).Unclaimed); got == 0 || got == n {
+		t.Errorf("%d of the %d listeners were sent; want those that the system has taken at once", got, n)
+	}
+}
+
 // Not parallel, because two of these processes have 10,000 descriptors in
 // flight, and the system counts those of all processes of a user.
 func TestHugeInheritance(t *testing.T) {

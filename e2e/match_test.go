@@ -94,6 +94,21 @@ func TestMatchingPorts(t *testing.T) {
 	g.Serves()
 }
 
+// Equal words find a socket before an equal address does, in any order.
+func TestMatchingWords(t *testing.T) {
+	t.Parallel()
+	one, two := "127.0.0.1:0", "localhost:0"
+	p := proctest.Start(t, proctest.Spec{}.And("tcp4", one).And("tcp4", two), proctest.Spec{}.And("tcp4", two).And("tcp4", one))
+	inodes := p.Inodes()
+	slices.Reverse(inodes)
+	s := p.Upgrade()
+	if got := s.Inodes(); !slices.Equal(got, inodes) {
+		t.Errorf("asked for in reverse order: sockets %v; want %v", got, inodes)
+	}
+	s.HasUnclaimed()
+	s.Serves()
+}
+
 // A Unix socket is found by its path, however that is written, or by another
 // path of its file.
 func TestMatchingPaths(t *testing.T) {

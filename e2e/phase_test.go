@@ -218,6 +218,9 @@ func TestPhasePartial(t *testing.T) {
 	p.Stop()
 	p.AwaitExit()
 	p.HasEvents(ecdysis.EventPartialStop, ecdysis.EventStopping)
+	if e := wait.On(p); e.Kind != ecdysis.EventPartialStop { // which has ended it first
+		t.Errorf("Wait after Stop returned %v; want the partial stop", e)
+	}
 	p.Chain.HasFiles()
 	client.Close()
 	p.Ended()

@@ -138,6 +138,27 @@ func TestProbationStopped(t *testing.T) {
 	p.Chain.None()
 }
 
+// A successor that was stopped in its probation has not failed even if the
+// predecessor, which is to stop as well, looks whether it lives before it reads
+// that.
+func TestProbationStoppedOnBothSides(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.Both.Probation(time.Minute), proctest.Both.Hold(proctest.On(ecdysis.EventReady)))
+	a := p.BeginUpgrade()
+	s := a.Successor()
+	s.At(proctest.On(ecdysis.EventReady)) // COMMIT has come
+	p.Stop()
+	p.Signal(syscall.SIGSTOP)
+	s.Resume()
+	s.At(proctest.AtServing)
+	s.Stop()
+	s.Exit(0)
+	p.Signal(syscall.SIGCONT)
+	a.OK()
+	p.HasEvents(ecdysis.EventUpgrading, ecdysis.EventHandover, ecdysis.EventUpgraded)
+	p.Chain.HasFiles()
+}
+
 // A successor that does nothing has not ended.
 func TestProbationPaused(t *testing.T) {
 	t.Parallel()

@@ -260,6 +260,24 @@ func TestDeletedSocketFile(t *testing.T) {
 	p.Chain.HasFiles()
 }
 
+// If the socket's path leaves no room for a name beside it, the upgrade fails and
+// makes nothing.
+func TestDeletedSocketFileCannotBeRenewed(t *testing.T) {
+	t.Parallel()
+	c := proctest.New(t, proctest.TCP)
+	name := strings.Repeat("x", len(syscall.RawSockaddrUnix{}.Path)-1-len(c.Dir+"/"))
+	c.Specs(proctest.TCP.And("unix", "$DIR/"+name))
+	p := c.Start()
+	p.Serves()
+	if err := os.Remove(c.Path(name)); err != nil {
+		t.Fatal(err)
+	}
+	f := p.FailUpgrade(ecdysis.StepInit, nil)
+	proctest.Want(t, f, nil, c.Path(name)+" is gone, and a new socket cannot take its place")
+	c.HasFiles()
+	p.ServesAt(p.Addr(0))
+}
+
 // The file of another process that is alive stays.
 func TestReplacedSocketFile(t *testing.T) {
 	t.Parallel()
