@@ -464,6 +464,62 @@ func TestInheritedDescriptors(t *testing.T) {
 	}
 }
 
+// A listener that is handed on takes one allocation more than net's. It is not
+// parallel to other tests, because theirs would be counted.
+func TestListenerAllocations(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	f, err := ln.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	const n = 100
+	var kept [n + 1]syscall.RawConn // one run more is not counted
+	i := 0
+	nets := testing.AllocsPerRun(n, func() {
+		c, err := net.FileListener(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		kept[i], err = c.(*net.TCPListener).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		i++
+		c.Close()
+	})
+	u := new(Upgrader)
+	defer u.reg.spare.close()
+	entries := make([]entry, n+1) // as a batch comes
+	i = 0
+	ours := testing.AllocsPerRun(n, func() {
+		fd, err := syscall.Dup(int(f.Fd()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := &entries[i]
+		i++
+		e.wire = wire{kind: kindListener, network: "tcp", address: ":0", boundKey: "tcp " + ln.Addr().String()}
+		e.inherited = true
+		e.setBare(fd)
+		if _, err := u.register(nil, e); err != nil {
+			t.Fatal(err)
+		}
+		e.detach()
+	})
+	// The test's own key and words take some.
+	words := testing.AllocsPerRun(n, func() { sink = "tcp " + ln.Addr().String() })
+	if ours-words > nets+1 {
+		t.Errorf("a listener that is handed on takes %v allocations, and net's %v; want one more", ours-words, nets)
+	}
+}
+
+var sink string
+
 // A stream that breaks in the middle of a batch leaves no descriptor behind.
 func TestStreamDescriptors(t *testing.T) {
 	fds, err := socketpair(unix.SOCK_STREAM)
