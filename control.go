@@ -5,7 +5,6 @@ package ecdysis
 import (
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"strconv"
@@ -216,14 +215,14 @@ func answer(c *net.UnixConn, line string) {
 }
 
 func writeLine(c *net.UnixConn, line string) {
-	line = strings.Map(func(r rune) rune {
-		if r < ' ' {
-			return ' '
+	b := []byte(line + "\n")
+	for i, c := range b[:len(line)] {
+		if c < ' ' {
+			b[i] = ' '
 		}
-		return r
-	}, line)
+	}
 	_ = c.SetWriteDeadline(time.Now().Add(time.Second))
-	_, _ = io.WriteString(c, line+"\n") // fails only if the client is gone
+	_, _ = c.Write(b) // fails only if the client is gone
 	// What the client has sent is taken, or it would see a reset in the place
 	// of the end.
 	if raw, err := c.SyscallConn(); err == nil {

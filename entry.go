@@ -42,35 +42,41 @@ type wire struct {
 // appendTo appends w as a record of a SOCKETS frame. Fields are added in later
 // versions and never changed.
 func (w *wire) appendTo(b []byte) []byte {
-	flag := func(key string, set bool) {
-		if set {
-			b = appendField(b, key, "1")
-		}
-	}
-	text := func(key, value string) {
-		if value != "" {
-			b = appendField(b, key, value)
-		}
-	}
-	number := func(key string, n uint64) { b = appendField(b, key, strconv.FormatUint(n, 10)) }
-	text("kind", w.kind)
-	text("name", w.name)
-	text("network", w.network)
-	text("address", w.address)
-	text("at", w.boundKey)
-	flag("keep", w.keep)
+	var dev, ino, size string
 	if w.path != "" {
-		text("path", w.path)
-		number("dev", w.dev)
-		number("ino", w.ino)
+		dev, ino = strconv.FormatUint(w.dev, 10), strconv.FormatUint(w.ino, 10)
 	}
-	flag("foreign", w.foreign)
-	flag("renewed", w.renewed)
-	flag("gone", w.gone)
 	if w.kind == kindState {
-		number("size", uint64(w.size))
+		size = strconv.FormatInt(w.size, 10)
+	}
+	for _, f := range []struct{ key, value string }{
+		{"kind", w.kind},
+		{"name", w.name},
+		{"network", w.network},
+		{"address", w.address},
+		{"at", w.boundKey},
+		{"keep", flag(w.keep)},
+		{"path", w.path},
+		{"dev", dev},
+		{"ino", ino},
+		{"foreign", flag(w.foreign)},
+		{"renewed", flag(w.renewed)},
+		{"gone", flag(w.gone)},
+		{"size", size},
+	} {
+		if f.value != "" {
+			b = appendField(b, f.key, f.value)
+		}
 	}
 	return endRecord(b)
+}
+
+// flag is the value of a field that is left out unless it is set.
+func flag(set bool) string {
+	if set {
+		return "1"
+	}
+	return ""
 }
 
 // decodeWire is the reverse of appendTo. With an error it returns what it could

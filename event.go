@@ -72,33 +72,32 @@ type Event struct {
 
 // String returns e as a line for a log. It leaves out Program, Dir and Elapsed.
 func (e Event) String() string {
-	var b strings.Builder
-	b.WriteString(string(e.Kind))
+	s := string(e.Kind)
 	if e.Signal != nil {
-		b.WriteString(" by signal " + e.Signal.String())
+		s += " by signal " + e.Signal.String()
 	}
 	if e.Socket != "" {
-		b.WriteString(" by socket " + e.Socket)
+		s += " by socket " + e.Socket
 	}
 	if e.PassedOn {
-		b.WriteString(" passed on by the predecessor")
+		s += " passed on by the predecessor"
 	}
 	if e.PID != 0 {
-		b.WriteString(": pid=" + strconv.Itoa(e.PID) + " generation=" + strconv.Itoa(e.Generation))
+		s += ": pid=" + strconv.Itoa(e.PID) + " generation=" + strconv.Itoa(e.Generation)
 	}
 	if len(e.Unclaimed) > 0 {
-		b.WriteString(" unclaimed=" + strings.Join(e.Unclaimed, ","))
+		s += " unclaimed=" + strings.Join(e.Unclaimed, ",")
 	}
 	if len(e.Rebound) > 0 {
-		b.WriteString(" rebound=" + strings.Join(e.Rebound, ","))
+		s += " rebound=" + strings.Join(e.Rebound, ",")
 	}
 	if len(e.Lost) > 0 {
-		b.WriteString(" lost=" + strings.Join(e.Lost, ","))
+		s += " lost=" + strings.Join(e.Lost, ",")
 	}
 	if e.Err != nil {
-		b.WriteString(": " + e.Err.Error())
+		s += ": " + e.Err.Error()
 	}
-	return b.String()
+	return s
 }
 
 // MarshalText returns String's line, so that a log in JSON has the reason, too.

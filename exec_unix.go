@@ -139,13 +139,17 @@ func startChild(cmd *Command, streamFD int, peer string) (*child, error) {
 		defer syscall.Close(null)
 		files[fd] = uintptr(null)
 	}
-	env := slices.DeleteFunc(slices.Clone(cmd.Env), func(s string) bool {
-		return strings.HasPrefix(s, envName+"=")
-	})
+	var env []string
+	for _, s := range cmd.Env {
+		if !strings.HasPrefix(s, envName+"=") {
+			env = append(env, s)
+		}
+	}
+	env = append(env, envName+"=fd=3 "+peer)
 	c := &child{sibling: cmd.Sibling}
 	attr := &syscall.ProcAttr{
 		Dir:   cmd.Dir,
-		Env:   append(env, envName+"=fd=3 "+peer),
+		Env:   env,
 		Files: files,
 	}
 	if err := c.prepare(attr, cmd.Sibling); err != nil {
@@ -183,7 +187,7 @@ func lookUp(name string) (string, error) {
 		return name, nil
 	}
 	err := error(syscall.ENOENT)
-	for _, dir := range strings.Split(os.Getenv("PATH"), ":") {
+	for dir := range strings.SplitSeq(os.Getenv("PATH"), ":") {
 		file := dir + "/" + name
 		if !path.IsAbs(dir) {
 			continue

@@ -5,6 +5,7 @@ package ecdysis
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -53,6 +54,10 @@ var (
 	errAgain     = errors.New("nothing has come yet")
 	errTruncated = errors.New("the system delivered fewer descriptors than were sent: the limit of open files (RLIMIT_NOFILE) is too low for what this process inherits")
 )
+
+// splitRecord returns the fields of a line of text, in which spaces are between
+// them.
+func splitRecord(line string) record { return slices.Collect(strings.SplitSeq(line, " ")) }
 
 func (r record) get(key string) string {
 	for _, f := range r {

@@ -207,6 +207,14 @@ func (e *entry) checkFound(a net.Addr) error {
 // sameAddrPort reports whether text is a. The zones have numbers in one and
 // names in the other, and are not compared.
 func sameAddrPort(a netip.AddrPort, text string) bool {
-	b, err := netip.ParseAddrPort(text)
-	return err == nil && a.Port() == b.Port() && a.Addr().WithZone("") == b.Addr().WithZone("")
+	host, service, err := net.SplitHostPort(text)
+	if err != nil {
+		return false
+	}
+	port, err := strconv.Atoi(service)
+	if err != nil || port != int(a.Port()) {
+		return false
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && ip.WithZone("") == a.Addr().WithZone("")
 }

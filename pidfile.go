@@ -68,7 +68,7 @@ func (u *Upgrader) ownsPIDFile() bool {
 	}
 	b, err := os.ReadFile(u.opts.PIDFile)
 	if err == nil {
-		return strings.TrimSpace(string(b)) == strconv.Itoa(os.Getpid())
+		return strings.TrimSuffix(string(b), "\n") == strconv.Itoa(os.Getpid())
 	}
 	// A process that has no descriptor left cannot read it, and still has to
 	// clear it away.

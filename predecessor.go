@@ -60,7 +60,7 @@ func takeInheritance() (value string, ok bool) {
 		return "", false
 	}
 	_ = os.Unsetenv(envName) // fails only for names that it refuses
-	if fd, err := strconv.Atoi(record(strings.Split(value, " ")).get("fd")); err == nil && fd >= 3 {
+	if fd, err := strconv.Atoi(splitRecord(value).get("fd")); err == nil && fd >= 3 {
 		syscall.CloseOnExec(fd)
 	}
 	return strings.Clone(value), true
@@ -88,7 +88,7 @@ func openInheritance() (*stream, error) {
 }
 
 func openStream(value string) (*stream, error) {
-	r := record(strings.Split(value, " "))
+	r := splitRecord(value)
 	fd, err := strconv.Atoi(r.get("fd"))
 	if err != nil || fd < 3 {
 		return nil, errors.New("it names no descriptor")

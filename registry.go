@@ -243,14 +243,16 @@ func (r *registry) takeForUpgrade() []*entry {
 // forgetGone closes the streams to older processes that have exited, and
 // returns how many processes are left.
 func (r *registry) forgetGone() int {
-	r.ancestors = slices.DeleteFunc(r.ancestors, func(e *entry) bool {
-		if !e.hungUp() {
-			return false
+	alive := r.ancestors[:0]
+	for _, e := range r.ancestors {
+		if e.hungUp() {
+			e.closeBare()
+		} else {
+			alive = append(alive, e)
 		}
-		e.closeBare()
-		return true
-	})
-	return len(r.ancestors)
+	}
+	r.ancestors = alive
+	return len(alive)
 }
 
 // remove takes an entry out of those that are handed on.

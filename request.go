@@ -103,7 +103,7 @@ func unread(c *net.UnixConn) (b []byte) {
 }
 
 func parseReply(line string) (r Reply, ok bool) {
-	rec := record(strings.Split(line, " "))
+	rec := splitRecord(line)
 	pid, err1 := strconv.Atoi(rec.get("pid"))
 	generation, err2 := strconv.Atoi(rec.get("generation"))
 	return Reply{pid, generation}, rec[0] == "ok" && err1 == nil && err2 == nil

@@ -3,7 +3,6 @@ package ecdysis
 import (
 	"os"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
@@ -137,24 +136,37 @@ func (w *watch) exited(d time.Duration) bool {
 // itself. Without /proc it reports false.
 func standsForOthers(uid int) bool {
 	b, err := os.ReadFile("/proc/sys/kernel/overflowuid")
-	if err != nil || strings.TrimSpace(string(b)) != strconv.Itoa(uid) {
+	if err != nil || string(b) != strconv.Itoa(uid)+"\n" {
 		return false
 	}
 	if b, err = os.ReadFile("/proc/self/uid_map"); err != nil {
 		return false
 	}
-	for _, line := range strings.Split(string(b), "\n") {
-		f := strings.Fields(line)
-		if len(f) != 3 {
-			continue
-		}
-		first, err1 := strconv.ParseInt(f[0], 10, 64) // the usual count is no int where that has 32 bits
-		count, err2 := strconv.ParseInt(f[2], 10, 64)
-		if id := int64(uid); err1 == nil && err2 == nil && first <= id && id-first < count {
+	// A line of the map is the first ID here, the first one outside, and how many.
+	for m := numbers(b); len(m) >= 3; m = m[3:] {
+		if id := int64(uid); m[0] <= id && id-m[0] < m[2] {
 			return false
 		}
 	}
 	return true
+}
+
+// numbers returns the numbers in a text, which have spaces or line ends between
+// them. The usual count of IDs is no int where that has 32 bits.
+func numbers(text []byte) (list []int64) {
+	inNumber := false
+	for _, c := range text {
+		digit := '0' <= c && c <= '9'
+		if digit && !inNumber {
+			list = append(list, 0)
+		}
+		if digit {
+			n := &list[len(list)-1]
+			*n = *n*10 + int64(c-'0')
+		}
+		inNumber = digit
+	}
+	return list
 }
 
 // networkOfSocket returns a number that is the network namespace's of a socket

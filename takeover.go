@@ -30,7 +30,10 @@ func (u *Upgrader) inheritRetired(hello frame) {
 	r := hello.records[0]
 	u.retired = r.all("retired")
 	if unit := r.get("unit"); unit != "" && unit != u.opts.Unit {
-		u.retired = append(slices.DeleteFunc(u.retired, func(s string) bool { return s == unit }), unit)
+		if i := slices.Index(u.retired, unit); i >= 0 {
+			u.retired = slices.Delete(u.retired, i, i+1)
+		}
+		u.retired = append(u.retired, unit)
 	}
 	u.retired = u.retired[max(0, len(u.retired)-maxRetired):]
 }
@@ -69,7 +72,9 @@ func (c *control) serveTakeover(t trigger, running *sync.WaitGroup) {
 	running.Go(func() {
 		unit, err := t.taker.awaitTake()
 		c.mu.Lock()
-		c.takers = slices.DeleteFunc(c.takers, func(s streamConn) bool { return s == conn })
+		if i := slices.Index(c.takers, conn); i >= 0 {
+			c.takers = slices.Delete(c.takers, i, i+1)
+		}
 		c.mu.Unlock()
 		if err == nil && t.taker.atEnd() {
 			err = io.EOF // it came while this process did not look, and has gone

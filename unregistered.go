@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"strconv"
-	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -46,7 +45,11 @@ func (s *strayedSocket) String() string {
 // autobound reports whether the system has chosen the socket's abstract name
 // (unix(7), Autobind), by which it is in no successor's way.
 func (s *strayedSocket) autobound() bool {
-	return isAbstract(s.address) && len(s.address) == len("@00000") && strings.Trim(s.address[1:], "0123456789abcdef") == ""
+	if !isAbstract(s.address) || len(s.address) != len("@00000") {
+		return false
+	}
+	_, err := strconv.ParseUint(s.address[1:], 16, 32)
+	return err == nil
 }
 
 func (u *Upgrader) unregistered() ([]*strayedSocket, error) {

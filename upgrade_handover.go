@@ -19,7 +19,13 @@ import (
 func (a *attempt) handOver() error {
 	u := a.u
 	a.stage = stagePaused
-	if err := pauseAll(slices.DeleteFunc(slices.Clone(a.handed), func(e *entry) bool { return e.acceptsUntilDone })); err != nil {
+	var list []*entry
+	for _, e := range a.handed {
+		if !e.acceptsUntilDone {
+			list = append(list, e)
+		}
+	}
+	if err := pauseAll(list); err != nil {
 		return err
 	}
 	a.stage = stageHandover

@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -211,17 +210,17 @@ func (a *attempt) blame(err error) error {
 		return err
 	}
 	cause := "perhaps because of"
-	list = slices.DeleteFunc(list, (*strayedSocket).autobound)
 	if said.address != "" {
 		cause = "the cause is"
-		list = slices.DeleteFunc(list, func(s *strayedSocket) bool { return !said.meets(&s.wire) })
-	}
-	if len(list) == 0 {
-		return err
 	}
 	var names []string
 	for _, s := range list {
-		names = append(names, s.String())
+		if !s.autobound() && (said.address == "" || said.meets(&s.wire)) {
+			names = append(names, s.String())
+		}
+	}
+	if len(names) == 0 {
+		return err
 	}
 	return fmt.Errorf("%w; %s what this process has bound and does not hand on: %s", err, cause, strings.Join(names, ", "))
 }
