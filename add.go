@@ -197,7 +197,7 @@ func (w *wire) recognize(fd int) {
 // several with one name each call returns the next. If there is none, the error
 // wraps fs.ErrNotExist. The other errors are those of ListenWith.
 func (u *Upgrader) Listener(name string) (net.Listener, error) {
-	s, err := u.claimName(kindListener, name)
+	s, err := u.claimName(kindListener, newListener, name)
 	if err != nil {
 		return nil, err
 	}
@@ -209,15 +209,15 @@ func (u *Upgrader) Listener(name string) (net.Listener, error) {
 // Of several with one name each call returns the next. If there is none, the
 // error wraps fs.ErrNotExist. The other errors are those of ListenWith.
 func (u *Upgrader) PacketConn(name string) (net.PacketConn, error) {
-	s, err := u.claimName(kindPacket, name)
+	s, err := u.claimName(kindPacket, newPacketConn, name)
 	if err != nil {
 		return nil, err
 	}
 	return s.(*packetConn).public(), nil
 }
 
-func (u *Upgrader) claimName(kind, name string) (pausable, error) {
-	s, err := u.claim(nil, func(r *registry) *entry { return r.findName(kind, name) })
+func (u *Upgrader) claimName(kind string, open opener, name string) (pausable, error) {
+	s, err := u.claim(nil, open, func(r *registry) *entry { return r.findName(kind, name) })
 	if s == nil && err == nil {
 		err = noneNamed(kind, name)
 	}

@@ -72,7 +72,7 @@ func (u *Upgrader) openControl(option, path string) (*control, error) {
 	if isAbstract(path) {
 		lc.Mode = 0 // a name has no mode; the client's credentials are checked
 	}
-	s, err := u.listenOrInherit(lc, kindListener, "unix", path)
+	s, err := u.listenOrInherit(lc, kindListener, newListener, "unix", path)
 	if err != nil {
 		return nil, err
 	}

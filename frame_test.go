@@ -424,7 +424,7 @@ func TestInheritedDescriptors(t *testing.T) {
 			e.closeBare()
 			return err
 		}
-		_, err = u.register(nil, e)
+		_, err = u.register(nil, newListener, e)
 		if err == nil {
 			e.detach()
 		}

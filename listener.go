@@ -83,7 +83,7 @@ func (u *Upgrader) Listen(network, address string) (net.Listener, error) {
 // The error wraps a *net.OpError, or is ErrInProgress during an upgrade,
 // ErrUpgraded, ErrStopped or ErrAborted after it.
 func (u *Upgrader) ListenWith(lc ListenConfig, network, address string) (net.Listener, error) {
-	s, err := u.listenOrInherit(lc, kindListener, network, address)
+	s, err := u.listenOrInherit(lc, kindListener, newListener, network, address)
 	if err != nil {
 		return nil, err
 	}
@@ -91,7 +91,7 @@ func (u *Upgrader) ListenWith(lc ListenConfig, network, address string) (net.Lis
 }
 
 // listenOrInherit returns the inherited socket for the address, or a new one.
-func (u *Upgrader) listenOrInherit(lc ListenConfig, kind, network, address string) (pausable, error) {
+func (u *Upgrader) listenOrInherit(lc ListenConfig, kind string, open opener, network, address string) (pausable, error) {
 	asked := &socketRequest{askedAddr{network, address}, lc} // does not escape: most calls find what they ask for
 	fail := func(a net.Addr, err error) (pausable, error) {
 		return nil, fmt.Errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: network, Addr: a, Err: err})
@@ -100,7 +100,7 @@ func (u *Upgrader) listenOrInherit(lc ListenConfig, kind, network, address strin
 		return fail(askedAddr{network, address}, err)
 	}
 	// Equal words need no look-up, which may ask a name server.
-	s, err := u.claim(asked, func(r *registry) *entry { return r.findWords(network, address) })
+	s, err := u.claim(asked, open, func(r *registry) *entry { return r.findWords(network, address) })
 	if s != nil || err != nil {
 		return s, err
 	}
@@ -108,7 +108,7 @@ func (u *Upgrader) listenOrInherit(lc ListenConfig, kind, network, address strin
 	if err != nil {
 		return fail(askedAddr{network, address}, err)
 	}
-	s, err = u.claim(asked, func(r *registry) *entry { return r.findAddr(a) })
+	s, err = u.claim(asked, open, func(r *registry) *entry { return r.findAddr(a) })
 	if s != nil || err != nil {
 		return s, err
 	}
@@ -116,7 +116,7 @@ func (u *Upgrader) listenOrInherit(lc ListenConfig, kind, network, address strin
 	if err != nil {
 		return fail(a.addr, u.explainInUse(a, err))
 	}
-	if s, err = u.claim(asked, func(*registry) *entry { return e }); err != nil {
+	if s, err = u.claim(asked, open, func(*registry) *entry { return e }); err != nil {
 		e.removeFile()
 		e.closeBare()
 		return nil, err

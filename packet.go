@@ -36,7 +36,11 @@ func (u *Upgrader) ListenPacket(network, address string) (net.PacketConn, error)
 // Close withdraws the socket from what is handed on, and removes its file, as
 // Close of a listener does. The errors are those of ListenWith.
 func (u *Upgrader) ListenPacketWith(lc ListenConfig, network, address string) (net.PacketConn, error) {
-	s, err := u.listenOrInherit(lc, kindPacket, network, address)
+	open := newPacketConn
+	if lc.Raw {
+		open = newRawUDP
+	}
+	s, err := u.listenOrInherit(lc, kindPacket, open, network, address)
 	if err != nil {
 		return nil, err
 	}
@@ -56,12 +60,12 @@ func (rawUDP) detach()  {}
 
 // newRawUDP makes e a socket of net's own. With an error the descriptor is
 // closed.
-func newRawUDP(e *entry) error {
+func newRawUDP(_ *Upgrader, e *entry) error {
 	c, err := fileConn(e.moveOut())
 	if err != nil {
 		return err
 	}
-	u, ok := c.(*net.UDPConn)
+	udp, ok := c.(*net.UDPConn)
 	if !ok {
 		err = net.UnknownNetworkError(c.LocalAddr().Network())
 	} else {
@@ -71,12 +75,12 @@ func newRawUDP(e *entry) error {
 		c.Close()
 		return err
 	}
-	raw, err := u.SyscallConn()
+	raw, err := udp.SyscallConn()
 	if err != nil {
 		c.Close()
 		return err
 	}
-	e.raw, e.sock = raw, rawUDP{u}
+	e.raw, e.sock = raw, rawUDP{udp}
 	return nil
 }
 

@@ -264,9 +264,14 @@ func (r *registry) remove(e *entry) {
 	}
 }
 
+// An opener makes an entry's descriptor a socket: newListener, newPacketConn or
+// newRawUDP. A program that has no sockets for packets does not contain the
+// code for them, because only the calls for packets name it.
+type opener func(*Upgrader, *entry) error
+
 // claim registers what find finds in the inheritance, and returns its socket.
 // It returns nil if find finds nothing. A nil asked is a request by name.
-func (u *Upgrader) claim(asked *socketRequest, find func(*registry) *entry) (pausable, error) {
+func (u *Upgrader) claim(asked *socketRequest, open opener, find func(*registry) *entry) (pausable, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if err := u.life.mayAdd(); err != nil {
@@ -290,7 +295,7 @@ func (u *Upgrader) claim(asked *socketRequest, find func(*registry) *entry) (pau
 		}
 		e = fresh
 	}
-	return u.register(asked, e)
+	return u.register(asked, open, e)
 }
 
 // A socketRequest is what a call of Listen or ListenPacket asks for.
@@ -302,20 +307,11 @@ type socketRequest struct {
 // register makes e a socket that is handed on, and opens it if this process
 // serves. What asked says, if it is not nil, replaces what came with e. u.mu is
 // held.
-func (u *Upgrader) register(asked *socketRequest, e *entry) (pausable, error) {
+func (u *Upgrader) register(asked *socketRequest, open opener, e *entry) (pausable, error) {
 	if asked != nil {
 		e.network, e.address, e.keep = asked.network, asked.address, asked.lc.KeepOnStop
 	}
-	var err error
-	switch {
-	case asked != nil && asked.lc.Raw:
-		err = newRawUDP(e)
-	case e.kind == kindPacket:
-		err = newPacketConn(u, e)
-	default:
-		err = newListener(u, e)
-	}
-	if err != nil {
+	if err := open(u, e); err != nil {
 		u.reg.remove(e)
 		return nil, fmt.Errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: e.network, Addr: askedAddr{e.network, e.address}, Err: err})
 	}

@@ -18,7 +18,7 @@ import (
 // new one. On macOS, which has no such sockets, the error is
 // errors.ErrUnsupported. The others are those of ListenWith.
 func (u *Upgrader) ListenSeqpacket(path string) (*SeqpacketListener, error) {
-	s, err := u.listenOrInherit(ListenConfig{}, kindListener, "unixpacket", path)
+	s, err := u.listenOrInherit(ListenConfig{}, kindListener, newListener, "unixpacket", path)
 	if err != nil {
 		return nil, err
 	}
