@@ -4,7 +4,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"net"
 	"os"
@@ -40,7 +39,7 @@ const maxName = 1024
 func (u *Upgrader) AddConn(name string, c net.Conn) error {
 	sc, ok := c.(syscall.Conn)
 	if !ok {
-		return fmt.Errorf("ecdysis: add connection %q: a %T has no descriptor that could move; want a connection of TCP, UDP or Unix", name, c)
+		return errorf("ecdysis: add connection %q: a %T has no descriptor that could move; want a connection of TCP, UDP or Unix", name, c)
 	}
 	return u.addCopy("connection", kindConn, name, sc)
 }
@@ -66,7 +65,7 @@ func (u *Upgrader) AddFile(name string, f *os.File) error {
 }
 
 func (u *Upgrader) addCopy(what, kind, name string, c syscall.Conn) error {
-	fail := func(err error) error { return fmt.Errorf("ecdysis: add %s %q: %w", what, name, err) }
+	fail := func(err error) error { return errorf("ecdysis: add %s %q: %w", what, name, err) }
 	if err := checkName(name); err != nil {
 		return fail(err)
 	}
@@ -87,7 +86,7 @@ func (u *Upgrader) addCopy(what, kind, name string, c syscall.Conn) error {
 		e.recognize(fd)
 	} else if err := checkConn(fd); err != nil {
 		e.closeBare()
-		return fail(fmt.Errorf("a %T: %w", c, err))
+		return fail(errorf("a %T: %w", c, err))
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -116,7 +115,7 @@ func checkName(name string) error {
 	case name == "":
 		return errors.New("the name is empty; want one by which the successor asks for it")
 	case len(name) > maxName:
-		return fmt.Errorf("the name has %d bytes; there can be %d", len(name), maxName)
+		return errorf("the name has %d bytes; there can be %d", len(name), maxName)
 	}
 	return nil
 }
@@ -189,7 +188,7 @@ func (w *wire) recognize(fd int) {
 		}
 	}
 	w.kind, w.boundKey, w.foreign = kind, key, true
-	w.network, w.address, _ = strings.Cut(key, " ")
+	w.network, w.address, _ = cut(key, ' ')
 }
 
 // Listener returns the listening socket that was added under this name, by
@@ -226,7 +225,7 @@ func (u *Upgrader) claimName(kind string, open opener, name string) (pausable, e
 
 // noneNamed is the error of a call that finds nothing by a name.
 func noneNamed(what, name string) error {
-	return fmt.Errorf("ecdysis: no %s is called %q: %w", what, name, fs.ErrNotExist)
+	return errorf("ecdysis: no %s is called %q: %w", what, name, fs.ErrNotExist)
 }
 
 // Conn returns the connection that was added under this name, by the
@@ -246,7 +245,7 @@ func (u *Upgrader) Conn(name string) (net.Conn, error) {
 	}
 	c, err := fileConn(fd)
 	if err != nil {
-		return nil, fmt.Errorf("ecdysis: connection %q: %w", name, err)
+		return nil, errorf("ecdysis: connection %q: %w", name, err)
 	}
 	return c, nil
 }
@@ -334,7 +333,7 @@ func fileConn(fd int) (net.Conn, error) {
 // *os.SyscallError. toChild is then nil.
 func (u *Upgrader) DatagramPair(name string) (toParent, toChild *net.UnixConn, err error) {
 	fail := func(err error) (*net.UnixConn, *net.UnixConn, error) {
-		return nil, nil, fmt.Errorf("ecdysis: datagram pair %q: %w", name, err)
+		return nil, nil, errorf("ecdysis: datagram pair %q: %w", name, err)
 	}
 	if err := checkName(name); err != nil {
 		return fail(err)
@@ -380,7 +379,7 @@ func datagramEnd(fd int) (*net.UnixConn, error) {
 	uc, ok := c.(*net.UnixConn)
 	if !ok {
 		c.Close()
-		return nil, fmt.Errorf("a %T; want a Unix socket", c)
+		return nil, errorf("a %T; want a Unix socket", c)
 	}
 	return uc, nil
 }

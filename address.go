@@ -4,7 +4,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -66,7 +65,7 @@ func resolve(network, address string) (*bindAddr, error) {
 	}
 	if err := a.resolveIP(address); err != nil {
 		if _, _, serr := net.SplitHostPort(address); serr != nil {
-			err = fmt.Errorf("%w (want host:port, as in :80, 127.0.0.1:80 or [::1]:80)", err)
+			err = errorf("%w (want host:port, as in :80, 127.0.0.1:80 or [::1]:80)", err)
 		}
 		return nil, err
 	}
@@ -141,7 +140,7 @@ func zoneID(zone string) (uint32, error) {
 	}
 	n, err := strconv.ParseUint(zone, 10, 32)
 	if err != nil {
-		return 0, fmt.Errorf("no network interface is called %q", zone)
+		return 0, errorf("no network interface is called %q", zone)
 	}
 	return uint32(n), nil
 }
@@ -158,22 +157,25 @@ func (a *bindAddr) key() string {
 // this type if each serves the clients of the other.
 func boundKey(typ int, sa syscall.Sockaddr, v6only bool) string {
 	network := networkOf(typ, sa)
+	var ip netip.Addr
+	var port int
 	switch sa := sa.(type) {
+	case *syscall.SockaddrUnix:
+		return network + " " + sa.Name
 	case *syscall.SockaddrInet4:
-		return network + " " + netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port)).String()
+		ip, port = netip.AddrFrom4(sa.Addr), sa.Port
 	case *syscall.SockaddrInet6:
-		ip := netip.AddrFrom16(sa.Addr)
+		ip, port = netip.AddrFrom16(sa.Addr), sa.Port
 		if v6only && ip.IsUnspecified() {
 			network += "6"
 		}
 		if sa.ZoneId != 0 {
 			ip = ip.WithZone(strconv.FormatUint(uint64(sa.ZoneId), 10))
 		}
-		return network + " " + netip.AddrPortFrom(ip, uint16(sa.Port)).String()
-	case *syscall.SockaddrUnix:
-		return network + " " + sa.Name
+	default:
+		return ""
 	}
-	return ""
+	return network + " " + netip.AddrPortFrom(ip, uint16(port)).String()
 }
 
 // networkOf returns what net calls the sockets of a type and address family, or

@@ -4,7 +4,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"path"
 	"strconv"
@@ -19,7 +18,7 @@ import (
 func (a *bindAddr) open(kind string, lc ListenConfig) (*entry, error) {
 	fd, err := newSocket(a.family, a.typ)
 	if errors.Is(err, syscall.EPROTONOSUPPORT) {
-		err = fmt.Errorf("%w: %w", err, errors.ErrUnsupported)
+		err = errorf("%w: %w", err, errors.ErrUnsupported)
 	}
 	if err != nil {
 		return nil, err
@@ -125,7 +124,9 @@ func (a *bindAddr) bindFile(fd int, lc ListenConfig, e *entry) error {
 	// is set.
 	e.path = a.path
 	if lc.Mode != 0 {
-		err = os.Chmod(a.path, lc.Mode)
+		if cerr := syscall.Chmod(a.path, uint32(lc.Mode)); cerr != nil {
+			err = &os.PathError{Op: "chmod", Path: a.path, Err: cerr}
+		}
 	}
 	if err == nil {
 		err = a.listen(fd, lc)
@@ -135,7 +136,7 @@ func (a *bindAddr) bindFile(fd int, lc ListenConfig, e *entry) error {
 		err = os.NewSyscallError("lstat", syscall.Lstat(a.path, &st))
 	}
 	if err != nil {
-		_ = os.Remove(a.path)
+		_ = syscall.Unlink(a.path)
 		return err
 	}
 	e.dev, e.ino = uint64(st.Dev), uint64(st.Ino)
@@ -147,15 +148,17 @@ func (a *bindAddr) bindFile(fd int, lc ListenConfig, e *entry) error {
 // socket, which disturbs no process: a live socket of another type answers that
 // the type is wrong, and one of this type does not notice.
 func (a *bindAddr) removeStale() error {
-	fi, err := os.Lstat(a.path)
-	if errors.Is(err, os.ErrNotExist) {
+	inUse := os.NewSyscallError("bind", syscall.EADDRINUSE)
+	var st syscall.Stat_t
+	err := syscall.Lstat(a.path, &st)
+	if err == syscall.ENOENT {
 		return nil
 	}
 	if err != nil {
-		return err
+		return &os.PathError{Op: "lstat", Path: a.path, Err: err}
 	}
-	if fi.Mode().Type() != os.ModeSocket {
-		return fmt.Errorf("%w: %s is not a socket; remove it or choose another path", os.NewSyscallError("bind", syscall.EADDRINUSE), a.path)
+	if st.Mode&syscall.S_IFMT != syscall.S_IFSOCK {
+		return errorf("%w: %s is not a socket; remove it or choose another path", inUse, a.path)
 	}
 	fd, err := newSocket(syscall.AF_UNIX, syscall.SOCK_DGRAM)
 	if err != nil {
@@ -167,12 +170,12 @@ func (a *bindAddr) removeStale() error {
 	case syscall.ENOENT: // it has gone since
 		return nil
 	case syscall.EACCES, syscall.EPERM:
-		return fmt.Errorf("%w: whether a process listens at %s cannot be told: %w", os.NewSyscallError("bind", syscall.EADDRINUSE), a.path, os.NewSyscallError("connect", err))
+		return errorf("%w: whether a process listens at %s cannot be told: %w", inUse, a.path, os.NewSyscallError("connect", err))
 	default:
-		return fmt.Errorf("%w: another process listens there", os.NewSyscallError("bind", syscall.EADDRINUSE))
+		return errorf("%w: another process listens there", inUse)
 	}
-	if err := os.Remove(a.path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("removing a stale socket file: %w", err)
+	if err := syscall.Unlink(a.path); err != nil && err != syscall.ENOENT {
+		return errorf("removing a stale socket file: %w", &os.PathError{Op: "remove", Path: a.path, Err: err})
 	}
 	return nil
 }
@@ -207,7 +210,7 @@ func renew(asked *socketRequest, e *entry) (*entry, error) {
 		return nil, err
 	}
 	if len(a.path) > maxUnixPath {
-		return nil, fmt.Errorf("the path %q has %d bytes; the system takes at most %d", a.path, len(a.path), maxUnixPath)
+		return nil, errorf("the path %q has %d bytes; the system takes at most %d", a.path, len(a.path), maxUnixPath)
 	}
 	fresh, err := a.open(e.kind, asked.lc)
 	if err != nil {
@@ -223,8 +226,8 @@ func renew(asked *socketRequest, e *entry) (*entry, error) {
 func (e *entry) place() bool {
 	beside := e.beside
 	e.beside = ""
-	if isLive(e.path) || os.Rename(beside, e.path) != nil {
-		_ = os.Remove(beside)
+	if isLive(e.path) || syscall.Rename(beside, e.path) != nil {
+		_ = syscall.Unlink(beside)
 		return false
 	}
 	return true

@@ -4,7 +4,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"net"
 	"os"
 	"strconv"
@@ -37,7 +36,7 @@ type control struct {
 // controlPath returns the path of a control socket, made absolute.
 func controlPath(path string) (string, error) {
 	if strings.HasSuffix(path, "/") {
-		return "", fmt.Errorf("%q is a directory; want the path of a socket", path)
+		return "", errorf("%q is a directory; want the path of a socket", path)
 	}
 	if !isAbstract(path) {
 		var err error
@@ -60,7 +59,7 @@ func (u *Upgrader) openControls() error {
 				_ = c.ln.Close()
 			}
 			u.controls = nil
-			return fmt.Errorf("%s: %w", p.option, errors.Unwrap(err))
+			return errorf("%s: %w", p.option, errors.Unwrap(err))
 		}
 		u.controls = append(u.controls, c)
 	}
@@ -145,10 +144,10 @@ func trusted(c syscall.Conn, byIDAlone bool) error {
 		return err
 	}
 	if byIDAlone && cred.UID == os.Geteuid() && standsForOthers(cred.UID) {
-		return fmt.Errorf("%w: this process and the peer run as user %d, which stands for every user that this user namespace does not map", os.ErrPermission, cred.UID)
+		return errorf("%w: this process and the peer run as user %d, which stands for every user that this user namespace does not map", os.ErrPermission, cred.UID)
 	}
 	if uid := os.Geteuid(); cred.UID != 0 && cred.UID != uid {
-		return fmt.Errorf("%w: the peer is a process of user %d, and this one runs as user %d; want the same user, or root", os.ErrPermission, cred.UID, uid)
+		return errorf("%w: the peer is a process of user %d, and this one runs as user %d; want the same user, or root", os.ErrPermission, cred.UID, uid)
 	}
 	return nil
 }
@@ -194,7 +193,7 @@ func (u *Upgrader) answerStop(c *net.UnixConn, e Event) {
 	}
 	u.mu.Unlock()
 	if failed {
-		answer(c, fmt.Sprintf("error: %v: pid=%d generation=%d serves", ErrUpgraded, e.PID, e.Generation))
+		answer(c, "error: "+ErrUpgraded.Error()+": pid="+strconv.Itoa(e.PID)+" generation="+strconv.Itoa(e.Generation)+" serves")
 		return
 	}
 	writeLine(c, okLine(e))
@@ -215,12 +214,13 @@ func answer(c *net.UnixConn, line string) {
 }
 
 func writeLine(c *net.UnixConn, line string) {
-	b := []byte(line + "\n")
-	for i, c := range b[:len(line)] {
+	b := []byte(line)
+	for i, c := range b {
 		if c < ' ' {
 			b[i] = ' '
 		}
 	}
+	b = append(b, '\n')
 	_ = c.SetWriteDeadline(time.Now().Add(time.Second))
 	_, _ = c.Write(b) // fails only if the client is gone
 	// What the client has sent is taken, or it would see a reset in the place

@@ -53,7 +53,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"os/signal"
 	"runtime"
@@ -125,7 +124,7 @@ func New(opts Options) (*Upgrader, error) {
 	s, err := openInheritance()
 	u.pred = newPredecessor(s)
 	if err != nil {
-		return nil, fmt.Errorf("ecdysis: new: %w", err)
+		return nil, errorf("ecdysis: new: %w", err)
 	}
 	if u.opts, err = opts.check(); err == nil {
 		if len(u.opts.UpgradeSignals) > 0 {
@@ -142,7 +141,7 @@ func New(opts Options) (*Upgrader, error) {
 		_ = u.Fail(err)
 		u.disinherit() // or clients would connect to sockets on which nobody accepts
 	}
-	return nil, fmt.Errorf("ecdysis: new: %w", err)
+	return nil, errorf("ecdysis: new: %w", err)
 }
 
 // begin takes what there is to inherit, and opens the control sockets.
@@ -155,7 +154,7 @@ func (u *Upgrader) begin() (err error) {
 		}
 	} else if path := u.opts.TakeoverSocket; path != "" {
 		if err = u.takeOver(path); err != nil {
-			err = fmt.Errorf("TakeoverSocket %s: %w", path, err)
+			err = errorf("TakeoverSocket %s: %w", path, err)
 		}
 	}
 	if err != nil {
@@ -230,7 +229,7 @@ func (u *Upgrader) notifyWithin(e Event, mustEnd func() bool) error {
 			}
 		case <-limit.C:
 			left.Store(true)
-			return fmt.Errorf("Options.Notify has not returned within %v of %q: %w", hookTimeout, e.Kind, os.ErrDeadlineExceeded)
+			return errorf("Options.Notify has not returned within %v of %q: %w", hookTimeout, e.Kind, os.ErrDeadlineExceeded)
 		}
 	}
 }

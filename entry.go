@@ -3,10 +3,8 @@
 package ecdysis
 
 import (
-	"fmt"
 	"os"
 	"strconv"
-	"strings"
 	"syscall"
 )
 
@@ -84,7 +82,7 @@ func flag(set bool) string {
 func decodeWire(r record) (w wire, err error) {
 	var dev, ino, size string
 	for _, f := range r {
-		key, value, _ := strings.Cut(f, "=")
+		key, value, _ := cut(f, '=')
 		switch key {
 		case "kind":
 			w.kind = value
@@ -119,12 +117,12 @@ func decodeWire(r record) (w wire, err error) {
 		w.dev, err1 = strconv.ParseUint(dev, 10, 64)
 		w.ino, err2 = strconv.ParseUint(ino, 10, 64)
 		if err1 != nil || err2 != nil {
-			return w, fmt.Errorf("its file is device %q, inode %q; want numbers", dev, ino)
+			return w, errorf("its file is device %q, inode %q; want numbers", dev, ino)
 		}
 	}
 	if w.kind == kindState {
 		if w.size, err = strconv.ParseInt(size, 10, 64); err != nil || w.size < 0 {
-			return w, fmt.Errorf("its size is %q; want a number", size)
+			return w, errorf("its size is %q; want a number", size)
 		}
 	}
 	return w, nil
@@ -162,7 +160,7 @@ func (w *wire) hasFile(path string) bool {
 // bound.
 func (w *wire) removeFile() {
 	if w.path != "" && !w.foreign && w.hasFile(w.path) {
-		_ = os.Remove(w.path)
+		_ = syscall.Unlink(w.path)
 	}
 }
 

@@ -3,7 +3,6 @@ package ecdysis
 import (
 	"os"
 	"strconv"
-	"strings"
 	"time"
 )
 
@@ -85,19 +84,31 @@ func (e Event) String() string {
 	if e.PID != 0 {
 		s += ": pid=" + strconv.Itoa(e.PID) + " generation=" + strconv.Itoa(e.Generation)
 	}
-	if len(e.Unclaimed) > 0 {
-		s += " unclaimed=" + strings.Join(e.Unclaimed, ",")
-	}
-	if len(e.Rebound) > 0 {
-		s += " rebound=" + strings.Join(e.Rebound, ",")
-	}
-	if len(e.Lost) > 0 {
-		s += " lost=" + strings.Join(e.Lost, ",")
+	for _, l := range []struct {
+		what  string
+		items []string
+	}{{" unclaimed=", e.Unclaimed}, {" rebound=", e.Rebound}, {" lost=", e.Lost}} {
+		s += list(l.what, l.items)
 	}
 	if e.Err != nil {
 		s += ": " + e.Err.Error()
 	}
 	return s
+}
+
+// list returns the items with commas between them, after what they are. It returns
+// "" if there are none.
+func list(what string, items []string) string {
+	var b []byte
+	for i, item := range items {
+		if i == 0 {
+			b = append(b, what...)
+		} else {
+			b = append(b, ',')
+		}
+		b = append(b, item...)
+	}
+	return string(b)
 }
 
 // MarshalText returns String's line, so that a log in JSON has the reason, too.

@@ -4,7 +4,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"path" // paths here have slashes, and path/filepath would cost more bytes
 	"slices"
@@ -108,8 +107,8 @@ func enterable(dir string) error {
 // startPath is what the program's name meant at the start. A name without a
 // slash was looked up in $PATH, and is looked up again.
 func startPath() string {
-	if startDir != "" && strings.Contains(startArg0, "/") && !path.IsAbs(startArg0) {
-		return path.Join(startDir, startArg0)
+	if startDir != "" && hasSlash(startArg0) && !path.IsAbs(startArg0) {
+		return path.Clean(startDir + "/" + startArg0)
 	}
 	return startArg0
 }
@@ -123,7 +122,7 @@ func startChild(cmd *Command, streamFD int, peer string) (*child, error) {
 		return nil, err
 	}
 	name := cmd.Path
-	if name == startPath() && (cmd.Dir == startDir || path.IsAbs(startArg0) || !strings.Contains(startArg0, "/")) {
+	if name == startPath() && (cmd.Dir == startDir || path.IsAbs(startArg0) || !hasSlash(startArg0)) {
 		name = startArg0 // so that its successor, too, looks it up as it was
 	}
 	files := []uintptr{0, 1, 2, uintptr(streamFD)}
@@ -177,17 +176,19 @@ func startChild(cmd *Command, streamFD int, peer string) (*child, error) {
 	return c, nil
 }
 
+func hasSlash(name string) bool { return strings.IndexByte(name, '/') >= 0 }
+
 // lookUp finds a program without a slash in its name in $PATH, as a shell
 // does, but never in the current directory.
 func lookUp(name string) (string, error) {
 	if name == "" {
 		return "", errors.New("Command.Path is empty; want a program")
 	}
-	if strings.Contains(name, "/") {
+	if hasSlash(name) {
 		return name, nil
 	}
 	err := error(syscall.ENOENT)
-	for dir := range strings.SplitSeq(os.Getenv("PATH"), ":") {
+	for _, dir := range split(os.Getenv("PATH"), ':') {
 		file := dir + "/" + name
 		if !path.IsAbs(dir) {
 			continue
@@ -195,7 +196,7 @@ func lookUp(name string) (string, error) {
 		fi, serr := os.Stat(file)
 		switch {
 		case serr != nil || fi.IsDir():
-		case syscall.Access(file, unix.X_OK) != nil:
+		case fi.Mode().Perm()&0o111 == 0:
 			err = syscall.EACCES
 		default:
 			return file, nil
@@ -225,9 +226,9 @@ func absolute(name string) (string, error) {
 	}
 	dir, err := workingDir()
 	if err != nil {
-		return "", fmt.Errorf("the path %q is relative to a working directory that has gone: %w", name, err)
+		return "", errorf("the path %q is relative to a working directory that has gone: %w", name, err)
 	}
-	return path.Join(dir, name), nil
+	return path.Clean(dir + "/" + name), nil
 }
 
 // uncatchable reports whether no process can catch s.
@@ -251,7 +252,12 @@ func (c *child) kill() error {
 		return err
 	}
 	if c.sibling {
-		return fmt.Errorf("process %d is no child of this one, and the system has refused a handle for it: %w", c.pid, errors.Join(err, errors.ErrUnsupported))
+		if err == nil {
+			err = errors.ErrUnsupported
+		} else {
+			err = errorf("%w: %w", err, errors.ErrUnsupported)
+		}
+		return errorf("process %d is no child of this one, and the system has refused a handle for it: %w", c.pid, err)
 	}
 	if err := syscall.Kill(c.pid, syscall.SIGKILL); err != nil && err != syscall.ESRCH {
 		return os.NewSyscallError("kill", err)

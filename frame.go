@@ -4,9 +4,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
-	"slices"
-	"strings"
 )
 
 // The codec of the conversation between two generations, which docs/protocol.md
@@ -55,13 +52,9 @@ var (
 	errTruncated = errors.New("the system delivered fewer descriptors than were sent: the limit of open files (RLIMIT_NOFILE) is too low for what this process inherits")
 )
 
-// splitRecord returns the fields of a line of text, in which spaces are between
-// them.
-func splitRecord(line string) record { return slices.Collect(strings.SplitSeq(line, " ")) }
-
 func (r record) get(key string) string {
 	for _, f := range r {
-		if k, v, ok := strings.Cut(f, "="); ok && k == key {
+		if k, v, ok := cut(f, '='); ok && k == key {
 			return v
 		}
 	}
@@ -71,7 +64,7 @@ func (r record) get(key string) string {
 // all returns the values of a key that is repeated.
 func (r record) all(key string) (values []string) {
 	for _, f := range r {
-		if k, v, ok := strings.Cut(f, "="); ok && k == key {
+		if k, v, ok := cut(f, '='); ok && k == key {
 			values = append(values, v)
 		}
 	}
@@ -135,7 +128,7 @@ func parseFrame(b []byte) (f frame, n int, err error) {
 	}
 	size := uint32(b[1])<<24 | uint32(b[2])<<16 | uint32(b[3])<<8 | uint32(b[4])
 	if size > maxFrame {
-		return f, 0, fmt.Errorf("a frame %q of %d bytes, more than the %d that there can be: the peer does not use this protocol", b[0], size, maxFrame)
+		return f, 0, errorf("a frame %q of %d bytes, more than the %d that there can be: the peer does not use this protocol", b[0], size, maxFrame)
 	}
 	if len(b)-frameHeader < int(size) {
 		return f, 0, nil
@@ -149,7 +142,7 @@ func parseFrame(b []byte) (f frame, n int, err error) {
 		for {
 			l, w := uvarint(p)
 			if w == 0 || l > len(p)-w {
-				return f, 0, fmt.Errorf("a frame %q that is not made of records: the peer does not use this protocol", f.kind)
+				return f, 0, errorf("a frame %q that is not made of records: the peer does not use this protocol", f.kind)
 			}
 			field := p[w : w+l]
 			p = p[w+l:]

@@ -506,7 +506,7 @@ func TestListenerAllocations(t *testing.T) {
 		e.wire = wire{kind: kindListener, network: "tcp", address: ":0", boundKey: "tcp " + ln.Addr().String()}
 		e.inherited = true
 		e.setBare(fd)
-		if _, err := u.register(nil, e); err != nil {
+		if _, err := u.register(nil, newListener, e); err != nil {
 			t.Fatal(err)
 		}
 		e.detach()

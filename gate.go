@@ -4,7 +4,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"net"
 	"os"
 	"sync"
@@ -260,7 +259,7 @@ func pauseAll(list []*entry) error {
 				p.shutAgain()
 			}
 		case <-limit.C:
-			return fmt.Errorf("%s: a read has not ended within %v of the handover: %w", current.Load().e.label(), pauseTimeout, os.ErrDeadlineExceeded)
+			return errorf("%s: a read has not ended within %v of the handover: %w", current.Load().e.label(), pauseTimeout, os.ErrDeadlineExceeded)
 		}
 	}
 }

@@ -4,14 +4,12 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
 	"slices"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 )
@@ -24,7 +22,7 @@ import (
 func (u *Upgrader) receiveInheritance(hello frame, deadline time.Time) error {
 	generation, err := strconv.Atoi(hello.first("generation"))
 	if err != nil || generation < 0 {
-		return fmt.Errorf("the predecessor says that its generation is %q; want a number", hello.first("generation"))
+		return errorf("the predecessor says that its generation is %q; want a number", hello.first("generation"))
 	}
 	u.generation = generation + 1
 	u.inheritRetired(hello)
@@ -108,7 +106,7 @@ func (u *Upgrader) checkNetwork(predecessors string) error {
 			return err
 		}
 		if strconv.FormatUint(network, 10) == predecessors {
-			return fmt.Errorf("inherited socket %s is of the predecessor's network namespace, where no client of this process's own reaches it; run both in one, or set Options.AcrossNetworks", e.label())
+			return errorf("inherited socket %s is of the predecessor's network namespace, where no client of this process's own reaches it; run both in one, or set Options.AcrossNetworks", e.label())
 		}
 	}
 	return nil
@@ -146,7 +144,7 @@ func (e *entry) inherit(r record, fd int) error {
 		err = e.check(fd)
 	}
 	if err != nil {
-		return fmt.Errorf("inherited descriptor for %s: %w", w.label(), err)
+		return errorf("inherited descriptor for %s: %w", w.label(), err)
 	}
 	return nil
 }
@@ -160,13 +158,13 @@ func (e *entry) check(fd int) error {
 		switch {
 		case errors.Is(err, errors.ErrUnsupported):
 		case err != nil:
-			return fmt.Errorf("it is no socket: %w", os.NewSyscallError("getsockopt", err))
+			return errorf("it is no socket: %w", os.NewSyscallError("getsockopt", err))
 		case !ok:
 			return errors.New("it does not listen")
 		}
 	case kindPacket, kindPair, kindConn:
 		if _, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE); err != nil {
-			return fmt.Errorf("it is no socket: %w", os.NewSyscallError("getsockopt", err))
+			return errorf("it is no socket: %w", os.NewSyscallError("getsockopt", err))
 		}
 	case kindState:
 		var st syscall.Stat_t
@@ -174,7 +172,7 @@ func (e *entry) check(fd int) error {
 			return os.NewSyscallError("fstat", err)
 		}
 		if st.Size < e.size {
-			return fmt.Errorf("%d bytes were announced and it has %d", e.size, st.Size)
+			return errorf("%d bytes were announced and it has %d", e.size, st.Size)
 		}
 	}
 	return nil
@@ -186,7 +184,7 @@ func (e *entry) checkFound(a net.Addr) error {
 	if !e.inherited {
 		return nil
 	}
-	_, at, _ := strings.Cut(e.boundKey, " ")
+	_, at, _ := cut(e.boundKey, ' ')
 	same := false
 	switch a := a.(type) {
 	case *net.TCPAddr:
@@ -199,7 +197,7 @@ func (e *entry) checkFound(a net.Addr) error {
 	typ, isUnix := socketType(a.Network())
 	want, wantUnix := socketType(e.network)
 	if !same || typ != want || isUnix != wantUnix {
-		return fmt.Errorf("the inherited descriptor is a socket that is bound to %q; want %q", a.Network()+" "+a.String(), e.boundKey)
+		return errorf("the inherited descriptor is a socket that is bound to %q; want %q", a.Network()+" "+a.String(), e.boundKey)
 	}
 	return nil
 }

@@ -4,9 +4,9 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -94,7 +94,7 @@ func (u *Upgrader) ListenWith(lc ListenConfig, network, address string) (net.Lis
 func (u *Upgrader) listenOrInherit(lc ListenConfig, kind string, open opener, network, address string) (pausable, error) {
 	asked := &socketRequest{askedAddr{network, address}, lc} // does not escape: most calls find what they ask for
 	fail := func(a net.Addr, err error) (pausable, error) {
-		return nil, fmt.Errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: network, Addr: a, Err: err})
+		return nil, errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: network, Addr: a, Err: err})
 	}
 	if err := lc.check(kind, network, address); err != nil {
 		return fail(askedAddr{network, address}, err)
@@ -136,7 +136,7 @@ func (u *Upgrader) explainInUse(a *bindAddr, err error) error {
 	defer u.mu.Unlock()
 	for _, e := range u.reg.inherited {
 		if typ, isUnix := socketType(e.network); e.isSocket() && !isUnix && typ == a.typ && strings.HasSuffix(e.boundKey, port) {
-			return fmt.Errorf("%w: the predecessor hands on %s, which is in the way; listen on that address until a stop and a start have changed it", err, e.label())
+			return errorf("%w: the predecessor hands on %s, which is in the way; listen on that address until a stop and a start have changed it", err, e.label())
 		}
 	}
 	return err
@@ -148,28 +148,29 @@ func (lc ListenConfig) check(kind, network, address string) error {
 	if kind == kindPacket {
 		want = "udp, udp4, udp6 or unixgram"
 	}
+	octal := strconv.FormatUint(uint64(lc.Mode), 8)
 	typ, isUnix := socketType(network)
 	switch {
 	case typ == 0 || (typ == syscall.SOCK_DGRAM) != (kind == kindPacket):
-		return fmt.Errorf("%w; want %s", net.UnknownNetworkError(network), want)
+		return errorf("%w; want %s", net.UnknownNetworkError(network), want)
 	case lc.Backlog < 0:
-		return fmt.Errorf("ListenConfig.Backlog is %d; want 0 (for the system's maximum) or more", lc.Backlog)
+		return errorf("ListenConfig.Backlog is %d; want 0 (for the system's maximum) or more", lc.Backlog)
 	case lc.Backlog != 0 && kind == kindPacket:
-		return fmt.Errorf("ListenConfig.Backlog is %d; it is for connections, and a socket for packets has none", lc.Backlog)
+		return errorf("ListenConfig.Backlog is %d; it is for connections, and a socket for packets has none", lc.Backlog)
 	case lc.Mode&^os.ModePerm != 0:
-		return fmt.Errorf("ListenConfig.Mode is %#o; want permission bits alone, such as 0o660", uint32(lc.Mode))
+		return errorf("ListenConfig.Mode is 0%s; want permission bits alone, such as 0o660", octal)
 	case lc.Mode != 0 && (!isUnix || isAbstract(address)):
-		return fmt.Errorf("ListenConfig.Mode is %#o; it is for the files of Unix sockets, and this socket has none", uint32(lc.Mode))
+		return errorf("ListenConfig.Mode is 0%s; it is for the files of Unix sockets, and this socket has none", octal)
 	case lc.Raw && (isUnix || kind != kindPacket):
-		return fmt.Errorf("ListenConfig.Raw is for UDP; the network is %q", network)
+		return errorf("ListenConfig.Raw is for UDP; the network is %q", network)
 	case lc.ReusePort && isUnix:
 		return errors.New("ListenConfig.ReusePort is for TCP and UDP; the system has no such thing for Unix sockets")
 	case isUnix && address == "":
 		return errors.New("the address is empty; want the path of a socket file")
 	case isUnix && strings.IndexByte(address, 0) > 0:
-		return fmt.Errorf("the path %q has a zero byte", address)
+		return errorf("the path %q has a zero byte", address)
 	case isUnix && len(address) > maxUnixPath:
-		return fmt.Errorf("the path %q has %d bytes; the system takes at most %d", address, len(address), maxUnixPath)
+		return errorf("the path %q has %d bytes; the system takes at most %d", address, len(address), maxUnixPath)
 	}
 	return nil
 }
@@ -201,7 +202,7 @@ func newListener(u *Upgrader, e *entry) error {
 	}
 	nl, ok := ln.(netListener)
 	if !ok {
-		err = fmt.Errorf("a %T cannot be paused", ln)
+		err = errorf("a %T cannot be paused", ln)
 	} else {
 		err = e.checkFound(ln.Addr())
 	}

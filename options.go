@@ -2,7 +2,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"os/signal"
@@ -187,19 +186,19 @@ func (o *Options) socketPaths() []socketPath {
 // check returns o with its defaults filled in and its paths made absolute.
 func (o Options) check() (Options, error) {
 	if o.UpgradeTimeout < 0 {
-		return o, fmt.Errorf("UpgradeTimeout is %v; want 0 (for %v) or more", o.UpgradeTimeout, DefaultUpgradeTimeout)
+		return o, errorf("UpgradeTimeout is %v; want 0 (for %v) or more", o.UpgradeTimeout, DefaultUpgradeTimeout)
 	}
 	if o.UpgradeTimeout == 0 {
 		o.UpgradeTimeout = DefaultUpgradeTimeout
 	}
 	if o.Probation < 0 {
-		return o, fmt.Errorf("the Probation is %v; want 0 (for none) or more", o.Probation)
+		return o, errorf("the Probation is %v; want 0 (for none) or more", o.Probation)
 	}
 	if o.MaxDraining < -1 {
-		return o, fmt.Errorf("MaxDraining is %d; want -1 (for none), 0 (for any number) or more", o.MaxDraining)
+		return o, errorf("MaxDraining is %d; want -1 (for none), 0 (for any number) or more", o.MaxDraining)
 	}
 	if len(o.Unit) > maxUnit {
-		return o, fmt.Errorf("the Unit has %d bytes; want at most %d", len(o.Unit), maxUnit)
+		return o, errorf("the Unit has %d bytes; want at most %d", len(o.Unit), maxUnit)
 	}
 	if err := o.checkPaths(); err != nil {
 		return o, err
@@ -212,11 +211,11 @@ func (o *Options) checkPaths() error {
 	options := map[string]string{} // by path
 	if o.PIDFile != "" {
 		if strings.HasSuffix(o.PIDFile, "/") {
-			return fmt.Errorf("PIDFile is %q; want the path of a file", o.PIDFile)
+			return errorf("PIDFile is %q; want the path of a file", o.PIDFile)
 		}
 		path, err := absolute(o.PIDFile)
 		if err != nil {
-			return fmt.Errorf("PIDFile: %w", err)
+			return errorf("PIDFile: %w", err)
 		}
 		o.PIDFile, options[path] = path, "PIDFile"
 	}
@@ -226,10 +225,10 @@ func (o *Options) checkPaths() error {
 		}
 		path, err := controlPath(*s.path)
 		if err != nil {
-			return fmt.Errorf("%s: %w", s.option, err)
+			return errorf("%s: %w", s.option, err)
 		}
 		if other := options[path]; other != "" {
-			return fmt.Errorf("%s and %s are both %q; want a path for each", other, s.option, path)
+			return errorf("%s and %s are both %q; want a path for each", other, s.option, path)
 		}
 		*s.path, options[path] = path, s.option
 	}
@@ -251,7 +250,7 @@ func (o *Options) checkSignals() error {
 			case uncatchable(s):
 				return errors.New(l.option + " holds SIGKILL or SIGSTOP, which no process can catch")
 			case slices.Contains(seen, s):
-				return fmt.Errorf("%v is in %s and was named before; want it in one list, once", s, l.option)
+				return errorf("%v is in %s and was named before; want it in one list, once", s, l.option)
 			}
 			seen = append(seen, s)
 		}

@@ -5,7 +5,6 @@ package ecdysis
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 	"net"
@@ -27,7 +26,7 @@ import (
 // here say what differs.
 
 // errOther is the reason why a call fails on these systems.
-var errOther = fmt.Errorf("this system cannot hand a process's sockets on: %w", errors.ErrUnsupported)
+var errOther = errorf("this system cannot hand a process's sockets on: %w", errors.ErrUnsupported)
 
 // Upgrader is as on Unix. See Upgrade for what differs.
 type Upgrader struct {
@@ -63,7 +62,7 @@ var process atomic.Pointer[Upgrader]
 func New(opts Options) (*Upgrader, error) {
 	opts, err := opts.check()
 	if err != nil {
-		return nil, fmt.Errorf("ecdysis: new: %w", err)
+		return nil, errorf("ecdysis: new: %w", err)
 	}
 	u := &Upgrader{
 		opts:         opts,
@@ -88,7 +87,7 @@ func absolute(name string) (string, error) { return filepath.Abs(name) }
 func uncatchable(s os.Signal) bool { return s == os.Kill }
 
 func controlPath(string) (string, error) {
-	return "", fmt.Errorf("there are no control sockets on this system: %w", errors.ErrUnsupported)
+	return "", errorf("there are no control sockets on this system: %w", errors.ErrUnsupported)
 }
 
 // Successor returns false.
@@ -123,7 +122,7 @@ func (u *Upgrader) Upgrade() error {
 	case partial, stopped:
 		return ErrStopped
 	}
-	return fmt.Errorf("ecdysis: upgrade: %w", errOther)
+	return errorf("ecdysis: upgrade: %w", errOther)
 }
 
 // Ready is as on Unix in the first process of a chain.
@@ -163,7 +162,7 @@ func (u *Upgrader) Ready() error {
 		if u.stopPending() {
 			return ErrStopped
 		}
-		return fmt.Errorf("ecdysis: ready: %w", err)
+		return errorf("ecdysis: ready: %w", err)
 	}
 	u.mu.Lock()
 	u.phase = serving
@@ -195,7 +194,7 @@ func (u *Upgrader) writePIDFile() error {
 	}
 	if err != nil {
 		_ = os.Remove(temp)
-		return fmt.Errorf("PID file: %w", err)
+		return errorf("PID file: %w", err)
 	}
 	return nil
 }
@@ -353,17 +352,17 @@ func (u *Upgrader) PacketConn(name string) (net.PacketConn, error) {
 }
 
 func notInherited(what, name string) error {
-	return fmt.Errorf("ecdysis: %s %q: %w", what, name, fs.ErrNotExist)
+	return errorf("ecdysis: %s %q: %w", what, name, fs.ErrNotExist)
 }
 
 // DatagramPair returns an error that wraps errors.ErrUnsupported.
 func (u *Upgrader) DatagramPair(name string) (toParent, toChild *net.UnixConn, err error) {
-	return nil, nil, fmt.Errorf("ecdysis: datagram pair %q: %w", name, errOther)
+	return nil, nil, errorf("ecdysis: datagram pair %q: %w", name, errOther)
 }
 
 // Unregistered returns an error that wraps errors.ErrUnsupported.
 func (u *Upgrader) Unregistered() ([]string, error) {
-	return nil, fmt.Errorf("ecdysis: unregistered: %w", errOther)
+	return nil, errorf("ecdysis: unregistered: %w", errOther)
 }
 
 // A Reply is as on Unix.
@@ -379,7 +378,7 @@ func (r Reply) String() string {
 
 // Request returns an error that wraps errors.ErrUnsupported.
 func Request(_ context.Context, path string) (Reply, error) {
-	return Reply{}, fmt.Errorf("ecdysis: request at %q: %w", path, errOther)
+	return Reply{}, errorf("ecdysis: request at %q: %w", path, errOther)
 }
 
 // A Cred is as on Unix.
@@ -390,22 +389,22 @@ type Cred struct {
 
 // PeerCred returns an error that wraps errors.ErrUnsupported.
 func PeerCred(syscall.Conn) (Cred, error) {
-	return Cred{}, fmt.Errorf("ecdysis: peer credentials: %w", errors.ErrUnsupported)
+	return Cred{}, errorf("ecdysis: peer credentials: %w", errors.ErrUnsupported)
 }
 
 // ReadFiles returns an error that wraps errors.ErrUnsupported.
 func ReadFiles(syscall.Conn, []byte) (n int, files []*os.File, err error) {
-	return 0, nil, fmt.Errorf("ecdysis: read files: %w", errors.ErrUnsupported)
+	return 0, nil, errorf("ecdysis: read files: %w", errors.ErrUnsupported)
 }
 
 // WriteFiles returns an error that wraps errors.ErrUnsupported.
 func WriteFiles(syscall.Conn, []byte, ...*os.File) (n int, err error) {
-	return 0, fmt.Errorf("ecdysis: write files: %w", errors.ErrUnsupported)
+	return 0, errorf("ecdysis: write files: %w", errors.ErrUnsupported)
 }
 
 // MemoryFile returns an error that wraps errors.ErrUnsupported.
 func MemoryFile() (*os.File, error) {
-	return nil, fmt.Errorf("ecdysis: memory file: %w", errors.ErrUnsupported)
+	return nil, errorf("ecdysis: memory file: %w", errors.ErrUnsupported)
 }
 
 // Sockets.
@@ -553,7 +552,7 @@ func (u *Upgrader) Listen(network, address string) (net.Listener, error) {
 // ListenWith is net.ListenConfig.Listen, but Accept is as on Unix. The network is
 // "tcp", "tcp4", "tcp6" or "unix".
 func (u *Upgrader) ListenWith(lc ListenConfig, network, address string) (net.Listener, error) {
-	fail := func(err error) (net.Listener, error) { return nil, fmt.Errorf("ecdysis: %w", err) }
+	fail := func(err error) (net.Listener, error) { return nil, errorf("ecdysis: %w", err) }
 	if lc.ReusePort || lc.Raw || network == "unixpacket" {
 		return fail(&net.OpError{Op: "listen", Net: network, Err: errors.ErrUnsupported})
 	}
@@ -638,7 +637,7 @@ func (u *Upgrader) ListenPacket(network, address string) (net.PacketConn, error)
 
 // ListenPacketWith is net.ListenConfig.ListenPacket, but reads are as on Unix.
 func (u *Upgrader) ListenPacketWith(lc ListenConfig, network, address string) (net.PacketConn, error) {
-	fail := func(err error) (net.PacketConn, error) { return nil, fmt.Errorf("ecdysis: %w", err) }
+	fail := func(err error) (net.PacketConn, error) { return nil, errorf("ecdysis: %w", err) }
 	if lc.ReusePort {
 		return fail(&net.OpError{Op: "listen", Net: network, Err: errors.ErrUnsupported})
 	}

@@ -4,7 +4,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"strconv"
 	"strings"
@@ -23,10 +22,10 @@ func writePIDFile(path string) (pidFile, error) {
 		return pidFile{}, nil
 	}
 	p := pidFile{temp: tempPIDFile(path, os.Getpid()), path: path}
-	_ = os.Remove(p.temp) // of an earlier process with this ID
+	_ = syscall.Unlink(p.temp) // of an earlier process with this ID
 	f, err := os.OpenFile(p.temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
-		return pidFile{}, fmt.Errorf("PID file: %w", err)
+		return pidFile{}, errorf("PID file: %w", err)
 	}
 	_, err = f.WriteString(strconv.Itoa(os.Getpid()) + "\n")
 	if cerr := f.Close(); err == nil {
@@ -38,7 +37,7 @@ func writePIDFile(path string) (pidFile, error) {
 	}
 	if err != nil {
 		p.discard()
-		return pidFile{}, fmt.Errorf("PID file: %w", err)
+		return pidFile{}, errorf("PID file: %w", err)
 	}
 	p.dev, p.ino = uint64(st.Dev), uint64(st.Ino)
 	return p, nil
@@ -84,15 +83,15 @@ func (p pidFile) commit() error {
 	if p.path == "" {
 		return nil
 	}
-	if err := os.Rename(p.temp, p.path); err != nil {
+	if err := syscall.Rename(p.temp, p.path); err != nil {
 		p.discard()
-		return fmt.Errorf("PID file: %w", err)
+		return errorf("PID file: %w", &os.LinkError{Op: "rename", Old: p.temp, New: p.path, Err: err})
 	}
 	return nil
 }
 
 func (p pidFile) discard() {
 	if p.path != "" {
-		_ = os.Remove(p.temp)
+		_ = syscall.Unlink(p.temp)
 	}
 }

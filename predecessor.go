@@ -5,7 +5,6 @@ package ecdysis
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"strconv"
@@ -60,7 +59,7 @@ func takeInheritance() (value string, ok bool) {
 		return "", false
 	}
 	_ = os.Unsetenv(envName) // fails only for names that it refuses
-	if fd, err := strconv.Atoi(splitRecord(value).get("fd")); err == nil && fd >= 3 {
+	if fd, err := strconv.Atoi(record(split(value, ' ')).get("fd")); err == nil && fd >= 3 {
 		syscall.CloseOnExec(fd)
 	}
 	return strings.Clone(value), true
@@ -82,13 +81,13 @@ func openInheritance() (*stream, error) {
 	}
 	s, err := openStream(inheritance)
 	if err != nil {
-		return nil, fmt.Errorf("the environment variable %s is %q; want what an upgrading process sets for its successor: %w", envName, inheritance, err)
+		return nil, errorf("the environment variable %s is %q; want what an upgrading process sets for its successor: %w", envName, inheritance, err)
 	}
 	return s, nil
 }
 
 func openStream(value string) (*stream, error) {
-	r := splitRecord(value)
+	r := record(split(value, ' '))
 	fd, err := strconv.Atoi(r.get("fd"))
 	if err != nil || fd < 3 {
 		return nil, errors.New("it names no descriptor")
@@ -103,12 +102,12 @@ func openStream(value string) (*stream, error) {
 	}
 	typ, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE)
 	if err != nil || typ != syscall.SOCK_STREAM {
-		return nil, fmt.Errorf("descriptor %d is not a stream socket", fd)
+		return nil, errorf("descriptor %d is not a stream socket", fd)
 	}
 	// Some systems do not tell who made a socket pair. There the variable is
 	// believed.
 	if peer, err := peerCred(fd); err == nil && (peer.UID != uid || peer.PID != 0 && peer.PID != pid) {
-		return nil, fmt.Errorf("descriptor %d leads to process %d of user %d", fd, peer.PID, peer.UID)
+		return nil, errorf("descriptor %d leads to process %d of user %d", fd, peer.PID, peer.UID)
 	}
 	s, err := newStream(fd)
 	if err == nil {
@@ -119,7 +118,7 @@ func openStream(value string) (*stream, error) {
 
 func checkVersion(f frame) error {
 	if v := f.first("version"); v != protocolVersion {
-		return fmt.Errorf("the other process uses version %q of the protocol, this one %s", v, protocolVersion)
+		return errorf("the other process uses version %q of the protocol, this one %s", v, protocolVersion)
 	}
 	return nil
 }
@@ -127,7 +126,7 @@ func checkVersion(f frame) error {
 // checkHello checks the first frame of a predecessor.
 func checkHello(f frame) error {
 	if f.kind != frameHello {
-		return fmt.Errorf("the predecessor began with a frame %q; want %q: it does not use this protocol", f.kind, frameHello)
+		return errorf("the predecessor began with a frame %q; want %q: it does not use this protocol", f.kind, frameHello)
 	}
 	return checkVersion(f)
 }
@@ -137,7 +136,7 @@ func checkHello(f frame) error {
 func (p *predecessor) hello() (frame, error) {
 	f, err := p.s.read(time.Time{})
 	if err != nil {
-		return f, fmt.Errorf("the predecessor has sent nothing: %w", err)
+		return f, errorf("the predecessor has sent nothing: %w", err)
 	}
 	return f, checkHello(f)
 }
@@ -148,7 +147,7 @@ func (p *predecessor) hello() (frame, error) {
 func (p *predecessor) awaitCommit(unclaimed record, mustStop func() bool) (orphan bool, err error) {
 	r := append(record{"pid=" + strconv.Itoa(os.Getpid())}, unclaimed...)
 	if err := p.s.send(frameReady, []record{r}, nil); err != nil && err != io.EOF {
-		return false, fmt.Errorf("ecdysis: ready: %w", err)
+		return false, errorf("ecdysis: ready: %w", err)
 	}
 	for {
 		f, err := p.s.read(time.Now().Add(pollInterval))
@@ -160,7 +159,7 @@ func (p *predecessor) awaitCommit(unclaimed record, mustStop func() bool) (orpha
 		case err == io.EOF:
 			return true, nil
 		case err != nil:
-			return false, fmt.Errorf("ecdysis: ready: %w", err)
+			return false, errorf("ecdysis: ready: %w", err)
 		case f.kind == frameAbort:
 			return false, aborted(f)
 		case f.kind == frameCommit:
@@ -209,7 +208,7 @@ func (u *Upgrader) WaitForParent(ctx context.Context) error {
 	})
 	u.obey()
 	if err != nil {
-		return fmt.Errorf("ecdysis: wait for parent: %w", err)
+		return errorf("ecdysis: wait for parent: %w", err)
 	}
 	return nil
 }

@@ -4,7 +4,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"os"
 )
@@ -54,7 +53,7 @@ func (u *Upgrader) becomeServing() error {
 	u.catchStops() // before the PID file can name this process
 	pidFile, err := writePIDFile(u.opts.PIDFile)
 	if err != nil {
-		return fmt.Errorf("ecdysis: ready: %w", err)
+		return errorf("ecdysis: ready: %w", err)
 	}
 	orphan := false
 	if !u.first() {
@@ -69,7 +68,7 @@ func (u *Upgrader) becomeServing() error {
 	event := Event{Kind: EventReady, PID: os.Getpid(), Generation: u.generation, Unclaimed: u.unclaimed()}
 	if err := pidFile.commit(); err != nil {
 		if u.first() {
-			return fmt.Errorf("ecdysis: ready: %w", err)
+			return errorf("ecdysis: ready: %w", err)
 		}
 		event.Err = err // it is too late to fail, because nobody else serves
 	}

@@ -3,9 +3,7 @@
 package ecdysis
 
 import (
-	"fmt"
 	"net"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -44,21 +42,22 @@ func (r *registry) index() {
 	r.words, r.addrs, r.byNames = make(map[string][]*entry, n), make(map[string][]*entry, n), make(map[string][]*entry)
 	for _, e := range r.inherited {
 		if e.name != "" {
-			k := nameKey(e.kind, e.name)
-			r.byNames[k] = append(r.byNames[k], e)
+			addTo(r.byNames, nameKey(e.kind, e.name), e)
 		}
 		if !e.isSocket() {
 			continue
 		}
 		if e.path == "" {
-			r.words[e.label()] = append(r.words[e.label()], e)
+			addTo(r.words, e.label(), e)
 		}
-		r.addrs[e.key()] = append(r.addrs[e.key()], e)
+		addTo(r.addrs, e.key(), e)
 		if k, ok := portZeroKey(e); ok {
-			r.addrs[k] = append(r.addrs[k], e)
+			addTo(r.addrs, k, e)
 		}
 	}
 }
+
+func addTo(m map[string][]*entry, key string, e *entry) { m[key] = append(m[key], e) }
 
 func nameKey(kind, name string) string { return kind + " " + name }
 
@@ -291,7 +290,7 @@ func (u *Upgrader) claim(asked *socketRequest, open opener, find func(*registry)
 		}
 		if err != nil {
 			e.closeBare()
-			return nil, fmt.Errorf("ecdysis: the file %s is gone, and a new socket cannot take its place: %w", e.path, err)
+			return nil, errorf("ecdysis: the file %s is gone, and a new socket cannot take its place: %w", e.path, err)
 		}
 		e = fresh
 	}
@@ -313,7 +312,7 @@ func (u *Upgrader) register(asked *socketRequest, open opener, e *entry) (pausab
 	}
 	if err := open(u, e); err != nil {
 		u.reg.remove(e)
-		return nil, fmt.Errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: e.network, Addr: askedAddr{e.network, e.address}, Err: err})
+		return nil, errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: e.network, Addr: askedAddr{e.network, e.address}, Err: err})
 	}
 	if e.inherited || e.name == "" { // what AddFile has brought is there already
 		u.reg.entries = append(u.reg.entries, e)
@@ -445,7 +444,7 @@ func (u *Upgrader) removeBeside() {
 	defer u.mu.Unlock()
 	for _, e := range u.reg.entries {
 		if e.beside != "" {
-			_ = os.Remove(e.beside)
+			_ = syscall.Unlink(e.beside)
 		}
 	}
 }

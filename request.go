@@ -5,7 +5,6 @@ package ecdysis
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -48,7 +47,7 @@ func (r Reply) String() string {
 func Request(ctx context.Context, path string) (Reply, error) {
 	r, err := request(ctx, path)
 	if err != nil {
-		return r, fmt.Errorf("ecdysis: request at %q: %w", path, err)
+		return r, errorf("ecdysis: request at %q: %w", path, err)
 	}
 	return r, nil
 }
@@ -65,13 +64,13 @@ func request(ctx context.Context, path string) (Reply, error) {
 	if ctx.Err() != nil {
 		b = append(b, unread(c)...) // the answer may have come in the same moment
 	}
-	line, _, whole := strings.Cut(string(b), "\n")
+	line, _, whole := cut(string(b), '\n')
 	switch {
 	case whole:
 	case ctx.Err() != nil:
 		return Reply{}, ctx.Err()
 	case err == nil || errors.Is(err, syscall.ECONNRESET):
-		return Reply{}, fmt.Errorf("the process there has ended, or does not serve the socket, without an answer: %w", io.ErrUnexpectedEOF)
+		return Reply{}, errorf("the process there has ended, or does not serve the socket, without an answer: %w", io.ErrUnexpectedEOF)
 	default:
 		return Reply{}, err
 	}
@@ -80,7 +79,7 @@ func request(ctx context.Context, path string) (Reply, error) {
 	}
 	r, ok := parseReply(line)
 	if !ok {
-		return Reply{}, fmt.Errorf("it answers %q, which no control socket does", line)
+		return Reply{}, errorf("it answers %q, which no control socket does", line)
 	}
 	if err != nil && ctx.Err() != nil {
 		return r, ctx.Err()
@@ -103,7 +102,7 @@ func unread(c *net.UnixConn) (b []byte) {
 }
 
 func parseReply(line string) (r Reply, ok bool) {
-	rec := splitRecord(line)
+	rec := record(split(line, ' '))
 	pid, err1 := strconv.Atoi(rec.get("pid"))
 	generation, err2 := strconv.Atoi(rec.get("generation"))
 	return Reply{pid, generation}, rec[0] == "ok" && err1 == nil && err2 == nil

@@ -4,7 +4,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -179,7 +178,7 @@ var errEmptyPacket = errors.New("an empty packet cannot be told from the end of 
 
 // tooLong is the error for a packet that was longer than a buffer of n bytes.
 func tooLong(n int) error {
-	return fmt.Errorf("%w: the packet is longer than the buffer of %d bytes, and its rest is lost", os.NewSyscallError("recvmsg", syscall.EMSGSIZE), n)
+	return errorf("%w: the packet is longer than the buffer of %d bytes, and its rest is lost", os.NewSyscallError("recvmsg", syscall.EMSGSIZE), n)
 }
 
 func (c *SeqpacketConn) opError(op string, err error) error {

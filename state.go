@@ -3,10 +3,10 @@
 package ecdysis
 
 import (
-	"fmt"
 	"io"
 	"os"
 	"sync"
+	"syscall"
 )
 
 // State returns what the older process's Options.SendState has written. It is
@@ -46,7 +46,7 @@ func (r *stateReader) Read(p []byte) (int, error) {
 	case r.left == 0:
 		return 0, io.EOF
 	case r.f == nil:
-		return 0, fmt.Errorf("ecdysis: state: %d bytes were not read before Ready: %w", r.left, os.ErrClosed)
+		return 0, errorf("ecdysis: state: %d bytes were not read before Ready: %w", r.left, os.ErrClosed)
 	case len(p) == 0:
 		return 0, nil
 	}
@@ -61,7 +61,7 @@ func (r *stateReader) Read(p []byte) (int, error) {
 		err = io.ErrUnexpectedEOF
 	}
 	if err != nil {
-		err = fmt.Errorf("ecdysis: state: with %d bytes to come: %w", r.left, err)
+		err = errorf("ecdysis: state: with %d bytes to come: %w", r.left, err)
 	}
 	return n, err
 }
@@ -108,16 +108,17 @@ func writeState(write func(io.Writer) error) (*os.File, *entry, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	size, err := f.Seek(0, io.SeekCurrent)
+	fd := int(f.Fd())
+	size, err := syscall.Seek(fd, 0, io.SeekCurrent)
 	if err == nil {
-		_, err = f.Seek(0, io.SeekStart)
+		_, err = syscall.Seek(fd, 0, io.SeekStart)
 	}
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, os.NewSyscallError("lseek", err)
 	}
 	done = true
 	e := &entry{wire: wire{kind: kindState, size: size}}
-	e.setBare(int(f.Fd()))
+	e.setBare(fd)
 	return f, e, nil
 }
 
@@ -134,7 +135,7 @@ func (w *stateWriter) end() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	err := w.err
-	w.err = fmt.Errorf("ecdysis: SendState has returned: %w", os.ErrClosed)
+	w.err = errorf("ecdysis: SendState has returned: %w", os.ErrClosed)
 	return err
 }
 
@@ -156,7 +157,7 @@ func (w *stateWriter) Write(p []byte) (int, error) {
 func MemoryFile() (*os.File, error) {
 	f, err := memoryFile()
 	if err != nil {
-		return nil, fmt.Errorf("ecdysis: memory file: %w", err)
+		return nil, errorf("ecdysis: memory file: %w", err)
 	}
 	return f, nil
 }
@@ -173,9 +174,9 @@ func unlinkedFile() (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := os.Remove(f.Name()); err != nil {
+	if err := syscall.Unlink(f.Name()); err != nil {
 		f.Close()
-		return nil, err
+		return nil, os.NewSyscallError("unlink", err)
 	}
 	return f, nil
 }

@@ -2,7 +2,10 @@
 
 package ecdysis
 
-import "os"
+import (
+	"os"
+	"syscall"
+)
 
 // Stop, the partial stop, and what a process gives up at its end.
 
@@ -54,7 +57,7 @@ func (u *Upgrader) stopWholly(t trigger, was phase) {
 	u.notify(e)
 	u.giveUp(u.takeOwnership(was))
 	if u.ownsPIDFile() {
-		_ = os.Remove(u.opts.PIDFile)
+		_ = syscall.Unlink(u.opts.PIDFile)
 	}
 	u.reap()
 	u.end(e)

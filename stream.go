@@ -5,7 +5,6 @@ package ecdysis
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -68,7 +67,7 @@ func unixConn(fd int) (*net.UnixConn, error) {
 	conn, ok := c.(*net.UnixConn)
 	if !ok {
 		c.Close()
-		return nil, fmt.Errorf("a %T; want a Unix socket", c)
+		return nil, errorf("a %T; want a Unix socket", c)
 	}
 	return conn, nil
 }
@@ -119,7 +118,7 @@ func (s *stream) next() (frame, error) {
 		f, n, err := parseFrame(s.in)
 		if err == nil && n > 0 && f.kind == frameSockets {
 			if len(f.records) > len(s.fds) {
-				err = fmt.Errorf("%d descriptors were announced and %d came", len(f.records), len(s.fds))
+				err = errorf("%d descriptors were announced and %d came", len(f.records), len(s.fds))
 			} else {
 				f.fds = s.fds[:len(f.records):len(f.records)]
 				s.fds = s.fds[len(f.records):]
@@ -338,7 +337,7 @@ func (s *stream) sendFrame(b []byte, fds []int) error {
 		oob = nameSender()
 	}
 	if len(b) > frameHeader+maxFrame {
-		return fmt.Errorf("a frame %q of %d bytes; there can be %d", b[0], len(b), maxFrame)
+		return errorf("a frame %q of %d bytes; there can be %d", b[0], len(b), maxFrame)
 	}
 	first := b
 	if len(fds) > 0 && dropsDescriptors {
@@ -410,7 +409,7 @@ func aborted(f frame) error {
 	if reason == "" {
 		return ErrAborted
 	}
-	return fmt.Errorf("%w: %s", ErrAborted, reason)
+	return errorf("%w: %s", ErrAborted, reason)
 }
 
 func (s *stream) sendFail(reason error) {

@@ -4,7 +4,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"runtime"
 	"syscall"
@@ -79,7 +78,7 @@ type watch struct {
 func (w *watch) prepare(attr *syscall.ProcAttr, sibling bool) error {
 	w.kq = -1
 	if sibling {
-		return fmt.Errorf("Command.Sibling: %w", errors.ErrUnsupported)
+		return errorf("Command.Sibling: %w", errors.ErrUnsupported)
 	}
 	return nil
 }

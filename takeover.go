@@ -5,7 +5,6 @@ package ecdysis
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -53,7 +52,7 @@ func (s *stream) awaitTake() (unit string, err error) {
 		return "", err
 	}
 	if f.kind != frameTake {
-		return "", fmt.Errorf("it began with a frame %q; want %q", f.kind, frameTake)
+		return "", errorf("it began with a frame %q; want %q", f.kind, frameTake)
 	}
 	return f.first("unit"), checkVersion(f)
 }
@@ -97,7 +96,7 @@ func (c *control) serveTakeover(t trigger, running *sync.WaitGroup) {
 
 // errLate means that the process to take over from has sent nothing for too
 // long.
-var errLate = fmt.Errorf("the process that listens there has not answered in time (Options.UpgradeTimeout): %w", os.ErrDeadlineExceeded)
+var errLate = errorf("the process that listens there has not answered in time (Options.UpgradeTimeout): %w", os.ErrDeadlineExceeded)
 
 // takeOver makes the process that serves at path this process's predecessor,
 // and receives all that it has. If no process serves there, it does nothing.
@@ -141,7 +140,7 @@ func dialPredecessor(path, unit string, deadline time.Time) (*stream, frame, err
 		case err != io.EOF:
 			return nil, frame{}, err
 		case tries == 100:
-			return nil, frame{}, fmt.Errorf("a process listens there and closes the connection: %w", io.ErrUnexpectedEOF)
+			return nil, frame{}, errorf("a process listens there and closes the connection: %w", io.ErrUnexpectedEOF)
 		}
 		// It has ended, or was just being replaced.
 		time.Sleep(10 * time.Millisecond)
@@ -185,7 +184,7 @@ func (s *stream) exchangeTake(unit string, deadline time.Time) (f frame, err err
 		return f, ErrRetired
 	}
 	if f.kind == frameFail {
-		return f, fmt.Errorf("the process that serves there refuses: %s", f.first("reason"))
+		return f, errorf("the process that serves there refuses: %s", f.first("reason"))
 	}
 	if err := checkHello(f); err != nil {
 		s.sendFail(err)

@@ -4,7 +4,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"syscall"
@@ -13,7 +12,7 @@ import (
 // errNoBytes is what a call says that would send descriptors with nothing.
 var errNoBytes = errors.New("descriptors travel with at least one byte, and there is none")
 
-var errTooManyFiles = fmt.Errorf("%w: the system delivered fewer descriptors than were sent (see RLIMIT_NOFILE)", os.NewSyscallError("recvmsg", syscall.EMFILE))
+var errTooManyFiles = errorf("%w: the system delivered fewer descriptors than were sent (see RLIMIT_NOFILE)", os.NewSyscallError("recvmsg", syscall.EMFILE))
 
 // ReadFiles reads from a Unix connection of any kind into b, and returns the
 // descriptors that came with what it has read, close-on-exec, as files that
@@ -29,7 +28,7 @@ var errTooManyFiles = fmt.Errorf("%w: the system delivered fewer descriptors tha
 // c is a *net.UnixConn, a *SeqpacketConn or a *UnixgramConn.
 func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 	fail := func(err error) (int, []*os.File, error) {
-		return 0, nil, fmt.Errorf("ecdysis: read files: %w", err)
+		return 0, nil, errorf("ecdysis: read files: %w", err)
 	}
 	if len(b) == 0 {
 		return 0, nil, nil
@@ -99,11 +98,11 @@ func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 // *UnixgramConn.
 func WriteFiles(c syscall.Conn, b []byte, files ...*os.File) (n int, err error) {
 	fail := func(err error) (int, error) {
-		return n, fmt.Errorf("ecdysis: write files: %w", err)
+		return n, errorf("ecdysis: write files: %w", err)
 	}
 	switch {
 	case len(files) > maxBatchFDs:
-		return fail(fmt.Errorf("%d files; a message takes at most %d", len(files), maxBatchFDs))
+		return fail(errorf("%d files; a message takes at most %d", len(files), maxBatchFDs))
 	case len(b) == 0:
 		return fail(errNoBytes)
 	}
@@ -186,7 +185,7 @@ type Cred struct {
 //
 // c is a *net.UnixConn or a *SeqpacketConn.
 func PeerCred(c syscall.Conn) (Cred, error) {
-	fail := func(err error) (Cred, error) { return Cred{}, fmt.Errorf("ecdysis: peer credentials: %w", err) }
+	fail := func(err error) (Cred, error) { return Cred{}, errorf("ecdysis: peer credentials: %w", err) }
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return fail(err)
@@ -195,7 +194,7 @@ func PeerCred(c syscall.Conn) (Cred, error) {
 	cerr := raw.Control(func(fd uintptr) {
 		sa, serr := syscall.Getsockname(int(fd))
 		if _, isUnix := sa.(*syscall.SockaddrUnix); !isUnix {
-			err = fmt.Errorf("a %T is no Unix connection: %w", c, errors.ErrUnsupported)
+			err = errorf("a %T is no Unix connection: %w", c, errors.ErrUnsupported)
 			if serr != nil {
 				err = os.NewSyscallError("getsockname", serr)
 			}

@@ -3,7 +3,6 @@
 package ecdysis
 
 import (
-	"fmt"
 	"os"
 	"strconv"
 	"syscall"
@@ -23,7 +22,7 @@ import (
 func (u *Upgrader) Unregistered() ([]string, error) {
 	list, err := u.unregistered()
 	if err != nil {
-		return nil, fmt.Errorf("ecdysis: unregistered: %w", err)
+		return nil, errorf("ecdysis: unregistered: %w", err)
 	}
 	var names []string
 	for _, s := range list {

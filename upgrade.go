@@ -4,7 +4,6 @@ package ecdysis
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"strconv"
@@ -61,7 +60,7 @@ func (u *Upgrader) beginUpgrade(t trigger) error {
 		return ErrInProgress
 	}
 	if n, limit := u.reg.forgetGone(), u.opts.MaxDraining; limit != 0 && n > max(limit, 0) {
-		return fmt.Errorf("%w: %d are alive, and Options.MaxDraining is %d", ErrDraining, n, limit)
+		return errorf("%w: %d are alive, and Options.MaxDraining is %d", ErrDraining, n, limit)
 	}
 	return u.life.beginUpgrade(t.taker != nil)
 }
@@ -203,7 +202,7 @@ func (a *attempt) run() error {
 	a.stage = stageReady
 	if hook := a.u.opts.Unclaimed; hook != nil && len(a.labels) > 0 {
 		if err := hook(a.labels); err != nil {
-			return fmt.Errorf("Options.Unclaimed: %w", err)
+			return errorf("Options.Unclaimed: %w", err)
 		}
 	}
 	if err := a.handOver(); err != nil {
@@ -230,7 +229,7 @@ func (a *attempt) prepare() (cmd *Command, err error) {
 		}
 	}
 	if a.stateFile, a.state, err = writeState(u.opts.SendState); err != nil {
-		return nil, fmt.Errorf("state: %w", err)
+		return nil, errorf("state: %w", err)
 	}
 	return cmd, nil
 }
@@ -272,9 +271,9 @@ func (a *attempt) initialize(deadline time.Time) error {
 	blamed := a.blame(err)
 	switch err {
 	case os.ErrDeadlineExceeded:
-		return fmt.Errorf("not ready within %v (Options.UpgradeTimeout): %w", a.u.opts.UpgradeTimeout, blamed)
+		return errorf("not ready within %v (Options.UpgradeTimeout): %w", a.u.opts.UpgradeTimeout, blamed)
 	case io.ErrUnexpectedEOF:
-		return fmt.Errorf("it ended without a call of Ready or Fail: %w", blamed)
+		return errorf("it ended without a call of Ready or Fail: %w", blamed)
 	}
 	return blamed
 }
@@ -301,7 +300,7 @@ func (a *attempt) awaitReady(deadline time.Time) error {
 func (a *attempt) takeReady(f frame) (err error) {
 	pid, err := strconv.Atoi(f.first("pid"))
 	if err != nil || pid <= 0 {
-		return fmt.Errorf("the successor says that its process ID is %q; want a number", f.first("pid"))
+		return errorf("the successor says that its process ID is %q; want a number", f.first("pid"))
 	}
 	a.ownPID = pid
 	if a.s.sender != 0 {
@@ -391,7 +390,7 @@ func (a *attempt) unexpected(f frame) error {
 	if f.kind == frameFail {
 		return failReason(f)
 	}
-	return fmt.Errorf("the successor sent a frame %q at step %s: it does not use this protocol", f.kind, a.stage.step())
+	return errorf("the successor sent a frame %q at step %s: it does not use this protocol", f.kind, a.stage.step())
 }
 
 // gone is an error of sending, as Upgrade reports it. A successor that has ended

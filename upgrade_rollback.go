@@ -5,7 +5,6 @@ package ecdysis
 import (
 	"cmp"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -26,7 +25,7 @@ func (a *attempt) fail(err error) error {
 	if a.child != nil {
 		ue.State = a.end(err)
 		if perr := a.restorePIDFile(); perr != nil {
-			ue.Err = fmt.Errorf("%w (then this process's own %w)", ue.Err, perr)
+			ue.Err = errorf("%w (then this process's own %w)", ue.Err, perr)
 		}
 	}
 	a.removeBeside()
@@ -68,7 +67,7 @@ func (a *attempt) removeBeside() {
 			continue
 		}
 		if beside := besidePath(e.path, pid); syscall.Lstat(beside, &st) == nil && st.Mode&syscall.S_IFMT == syscall.S_IFSOCK {
-			_ = os.Remove(beside)
+			_ = syscall.Unlink(beside)
 		}
 	}
 }
@@ -213,16 +212,17 @@ func (a *attempt) blame(err error) error {
 	if said.address != "" {
 		cause = "the cause is"
 	}
-	var names []string
+	names, comma := "", ""
 	for _, s := range list {
 		if !s.autobound() && (said.address == "" || said.meets(&s.wire)) {
-			names = append(names, s.String())
+			names += comma + s.String()
+			comma = ", "
 		}
 	}
-	if len(names) == 0 {
+	if names == "" {
 		return err
 	}
-	return fmt.Errorf("%w; %s what this process has bound and does not hand on: %s", err, cause, strings.Join(names, ", "))
+	return errorf("%w; %s what this process has bound and does not hand on: %s", err, cause, names)
 }
 
 // meets reports whether a socket can have been in the way of the address that

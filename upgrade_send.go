@@ -3,7 +3,6 @@
 package ecdysis
 
 import (
-	"fmt"
 	"io"
 	"os"
 	"strconv"
@@ -157,7 +156,7 @@ func (a *attempt) handOn(deadline time.Time) error {
 				return ErrStopped
 			}
 			if time.Now().After(deadline) {
-				return fmt.Errorf("%w: too many descriptors are in flight between processes of this user (see RLIMIT_NOFILE)", os.ErrDeadlineExceeded)
+				return errorf("%w: too many descriptors are in flight between processes of this user (see RLIMIT_NOFILE)", os.ErrDeadlineExceeded)
 			}
 		}
 	}
