@@ -19,7 +19,7 @@ func TestSplit(t *testing.T) {
 		}
 	}
 	var old uint64 // a former state
-	for range 100000 {
+	for range 10000 {
 		state := w.Load()
 		if state == busy {
 			state = stateOf(1+uint32(r.IntN(3)), expiryOf(old)+1+r.Uint64N(10))
