@@ -162,23 +162,22 @@ func (c *control) upgrade(t trigger, running *sync.WaitGroup) {
 }
 
 func (c *control) stop(kind EventKind, t trigger, running *sync.WaitGroup) {
-	c.u.keepStopClient(&t)
+	c.u.keepStopClient(t.conn)
 	running.Go(func() { c.u.stop(kind, t) })
 }
 
 // keepStopClient keeps the client that requests the end of this process until
 // that has come. If it has come already, the client is answered.
-func (u *Upgrader) keepStopClient(t *trigger) {
+func (u *Upgrader) keepStopClient(c *net.UnixConn) {
 	u.mu.Lock()
 	e := u.life.last
 	if e.Kind == "" {
-		u.life.stopClients = append(u.life.stopClients, t.conn)
+		u.life.stopClients = append(u.life.stopClients, c)
 	}
 	u.mu.Unlock()
 	if e.Kind != "" {
-		u.answerStop(t.conn, e)
+		u.answerStop(c, e)
 	}
-	t.conn = nil
 }
 
 // answerStop answers a client that has requested the end of this process, now

@@ -81,8 +81,8 @@ func request(ctx context.Context, path string) (Reply, error) {
 	if !ok {
 		return Reply{}, errorf("it answers %q, which no control socket does", line)
 	}
-	if err != nil && ctx.Err() != nil {
-		return r, ctx.Err()
+	if err != nil {
+		return r, ctx.Err() // nil after a reset, by which the process has ended, too
 	}
 	return r, nil
 }

@@ -16,7 +16,7 @@ import (
 type trigger struct {
 	signal os.Signal
 	socket string        // the path of a control socket
-	conn   *net.UnixConn // its client, which waits for a line; nil if there is none, or if it is among lifecycle.stopClients
+	conn   *net.UnixConn // its client, which waits for a line; nil if there is none
 	taker  *stream       // its client, which takes over; nil if a successor is to be started
 
 	passedOn bool // by the predecessor

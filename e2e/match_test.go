@@ -109,6 +109,30 @@ func TestMatchingWords(t *testing.T) {
 	s.Serves()
 }
 
+// A request for any port finds a socket that was requested in this way, and none
+// of a port that was requested.
+func TestMatchingAnyPort(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.TCP)
+	inodes := p.Inodes()
+	asksFor := func(address string, same bool) {
+		t.Helper()
+		p.Chain.Specs(proctest.Spec{}.And("tcp", address))
+		p = p.Upgrade()
+		if got := p.Inodes(); slices.Equal(got, inodes) != same {
+			t.Errorf("asked for as %s: sockets %v, and %v before; want the same: %t", address, got, inodes, same)
+		}
+		inodes = p.Inodes()
+		p.Serves()
+	}
+	asksFor("127.0.0.1:", true)
+	asksFor("127.0.0.1:0", true)
+	asksFor("127.0.0.1:"+portOf(p, 0), true)
+	asksFor("127.0.0.1:0", false)
+	asksFor("127.0.0.1:"+portOf(p, 0), true)
+	asksFor("127.0.0.1:", false)
+}
+
 // A Unix socket is found by its path, however that is written, or by another
 // path of its file.
 func TestMatchingPaths(t *testing.T) {

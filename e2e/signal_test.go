@@ -111,6 +111,30 @@ func TestSignalBeforeReady(t *testing.T) {
 	}
 }
 
+// A signal that has made Wait return kills when it comes again.
+func TestSignalAfterWait(t *testing.T) {
+	t.Parallel()
+	for _, what := range []order{stop, partial} {
+		t.Run(what.name, func(t *testing.T) {
+			t.Parallel()
+			spec := signalled
+			spec.Options.StopSignals, spec.Options.PartialStopSignals = []os.Signal{syscall.SIGTERM}, nil
+			if what == partial {
+				spec.Options.StopSignals, spec.Options.PartialStopSignals = nil, spec.Options.StopSignals
+			}
+			p := proctest.Start(t, spec)
+			p.Dial(0) // keeps it
+			p.InWait()
+			p.Signal(syscall.SIGTERM)
+			hasReturned(p, what.kind, signaled(syscall.SIGTERM))
+			p.Signal(syscall.SIGTERM)
+			if s := p.ExitStatus(); s != "signal: terminated" {
+				t.Errorf("process %d ended by %s; want SIGTERM", p.PID, s)
+			}
+		})
+	}
+}
+
 func TestSignalStop(t *testing.T) {
 	t.Parallel()
 	for _, what := range []order{stop, partial} {

@@ -151,17 +151,30 @@ func TestStopSocketInHandover(t *testing.T) {
 // A successor without a call of Wait obeys at the next call that looks.
 func TestStopIsPassedOnToTheNextCall(t *testing.T) {
 	t.Parallel()
-	p := proctest.Start(t, proctest.Both.Probation(time.Minute), proctest.Both.At(proctest.On(ecdysis.EventReady), proctest.Hold), proctest.Both)
-	a := p.BeginUpgrade()
-	s := a.Successor()
-	s.At(proctest.On(ecdysis.EventReady))
-	p.Stop()
-	s.Resume()
-	a.OK()
-	s.At(proctest.AtServing)
-	s.RefusesUpgrade(ecdysis.ErrStopped)
-	if e := s.Event(ecdysis.EventStopping, 0); !e.PassedOn {
-		t.Errorf("event %v; want one that was passed on", e)
+	for name, looks := range map[string]func(s *proctest.Proc){
+		"Upgrade": func(s *proctest.Proc) { s.RefusesUpgrade(ecdysis.ErrStopped) },
+		"WaitForParent": func(s *proctest.Proc) {
+			if err := s.WaitForPredecessor(); err != nil {
+				s.T.Error(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := proctest.Start(t, proctest.Both.Probation(time.Minute), proctest.Both.At(proctest.On(ecdysis.EventReady), proctest.Hold), proctest.Both)
+			a := p.BeginUpgrade()
+			s := a.Successor()
+			s.At(proctest.On(ecdysis.EventReady))
+			p.Stop()
+			s.Resume()
+			a.OK()
+			p.Exit(0)
+			s.At(proctest.AtServing)
+			looks(s)
+			if e := s.Event(ecdysis.EventStopping, 0); !e.PassedOn {
+				t.Errorf("event %v; want one that was passed on", e)
+			}
+		})
 	}
 }
 

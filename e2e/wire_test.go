@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ecdysis-go/ecdysis"
 	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
@@ -128,11 +129,13 @@ func TestUnknownIsIgnored(t *testing.T) {
 		t.Errorf("READY %q; want pid %d", r, p.PID)
 	}
 	peer.Send(unknown)
-	peer.Send(proctest.Frame('C', proctest.Record{"future=1", "probation=0"}, proctest.Record{"more"}))
+	peer.Send(proctest.Frame('C', proctest.Record{"future=1", "probation=60000000000"}, proctest.Record{"more"}))
 	peer.Expect('D')
-	peer.Send(slices.Concat(unknown, proctest.Frame('L', proctest.Record{"and=more"}), unknown))
+	peer.Send(unknown)
 	ln.Close()
 	p.At(proctest.AtServing)
+	p.RefusesUpgrade(ecdysis.ErrInProgress) // none of it ends the probation
+	peer.Send(slices.Concat(unknown, proctest.Frame('L', proctest.Record{"and=more"}), unknown))
 	if a := p.Addr(0); a != address {
 		t.Errorf("it listens at %v; want %v", a, address)
 	}
@@ -147,4 +150,30 @@ func TestUnknownIsIgnored(t *testing.T) {
 	if err := p.WaitForPredecessor(); err != nil {
 		t.Errorf("WaitForParent: %v", err)
 	}
+}
+
+// An inherited socket whose record has no address is found by no call.
+func TestInheritedWithoutAnAddress(t *testing.T) {
+	t.Parallel()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	f, err := ln.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	p, peer := proctest.New(t, proctest.Spec{}.And("unix", "$DIR/sock").And("tcp", "127.0.0.1:")).LaunchUnder()
+	peer.Send(proctest.Frame('H', proctest.Record{"version=1", "generation=6"}))
+	peer.Send(proctest.Frame('S', proctest.Record{"kind=listener", "network=tcp", "address=127.0.0.1:0", "at=nowhere"}), int(f.Fd()))
+	peer.Send(proctest.Frame('E'))
+	peer.ReadUntil('R')
+	peer.Send(proctest.Frame('C', proctest.Record{"probation=0"}))
+	peer.ReadUntil('D')
+	peer.Send(proctest.Frame('L'))
+	p.At(proctest.AtServing)
+	p.HasUnclaimed("tcp 127.0.0.1:0")
+	p.Serves()
 }
