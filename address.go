@@ -4,6 +4,7 @@ package ecdysis
 
 import (
 	"errors"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -138,8 +139,8 @@ func zoneID(zone string) (uint32, error) {
 	if i, err := net.InterfaceByName(zone); err == nil {
 		return uint32(i.Index), nil
 	}
-	n, err := strconv.ParseUint(zone, 10, 32)
-	if err != nil {
+	n, ok := number64(zone)
+	if !ok || n > math.MaxUint32 {
 		return 0, errorf("no network interface is called %q", zone)
 	}
 	return uint32(n), nil

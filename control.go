@@ -171,11 +171,11 @@ func (c *control) stop(kind EventKind, t trigger, running *sync.WaitGroup) {
 func (u *Upgrader) keepStopClient(c *net.UnixConn) {
 	u.mu.Lock()
 	e := u.life.last
-	if e.Kind == "" {
+	if e == nil {
 		u.life.stopClients = append(u.life.stopClients, c)
 	}
 	u.mu.Unlock()
-	if e.Kind != "" {
+	if e != nil {
 		u.answerStop(c, e)
 	}
 }
@@ -184,7 +184,7 @@ func (u *Upgrader) keepStopClient(c *net.UnixConn) {
 // that it accepts no more. The connection stays open until this process exits,
 // so that the client can wait for that. If this process was replaced before, and
 // could not pass the stop on, the answer is an error.
-func (u *Upgrader) answerStop(c *net.UnixConn, e Event) {
+func (u *Upgrader) answerStop(c *net.UnixConn, e *Event) {
 	u.mu.Lock()
 	failed := e.Kind == EventUpgraded && !u.life.passedOn
 	if !failed {
@@ -198,7 +198,7 @@ func (u *Upgrader) answerStop(c *net.UnixConn, e Event) {
 	writeLine(c, okLine(e))
 }
 
-func okLine(e Event) string {
+func okLine(e *Event) string {
 	return "ok pid=" + strconv.Itoa(e.PID) + " generation=" + strconv.Itoa(e.Generation)
 }
 

@@ -113,11 +113,12 @@ var process atomic.Pointer[Upgrader]
 // is an error that wraps EADDRINUSE.
 func New(opts Options) (*Upgrader, error) {
 	u := &Upgrader{
+		opts:         opts,
 		signals:      make(chan os.Signal, 1), // several that wait are one
 		stops:        make(chan os.Signal, 2), // a second one is another order
 		partialStops: make(chan os.Signal, 1),
-		life:         newLifecycle(),
 	}
+	u.life.make()
 	if !process.CompareAndSwap(nil, u) {
 		return nil, errors.New("ecdysis: New was called before; a process has one Upgrader")
 	}
@@ -126,7 +127,7 @@ func New(opts Options) (*Upgrader, error) {
 	if err != nil {
 		return nil, errorf("ecdysis: new: %w", err)
 	}
-	if u.opts, err = opts.check(); err == nil {
+	if err = u.opts.check(); err == nil {
 		if len(u.opts.UpgradeSignals) > 0 {
 			signal.Notify(u.signals, u.opts.UpgradeSignals...)
 		}
@@ -180,9 +181,9 @@ func (u *Upgrader) Generation() int { return u.generation }
 func (u *Upgrader) Exit() <-chan struct{} { return u.life.exit }
 
 // notify calls the hook. No lock is held.
-func (u *Upgrader) notify(e Event) {
+func (u *Upgrader) notify(e *Event) {
 	if u.opts.Notify != nil {
-		u.opts.Notify(e)
+		u.opts.Notify(*e)
 	}
 }
 
@@ -190,7 +191,7 @@ func (u *Upgrader) notify(e Event) {
 // for which it waits at most hookTimeout, and not after mustEnd reports true. A
 // hook that takes longer keeps its goroutine until it returns. A panic is raised
 // here.
-func (u *Upgrader) notifyWithin(e Event, mustEnd func() bool) error {
+func (u *Upgrader) notifyWithin(e *Event, mustEnd func() bool) error {
 	if u.opts.Notify == nil {
 		return nil
 	}
@@ -205,7 +206,7 @@ func (u *Upgrader) notifyWithin(e Event, mustEnd func() bool) error {
 			}
 			done <- returned
 		}()
-		u.opts.Notify(e)
+		u.opts.Notify(*e)
 		returned = true
 	}()
 	limit := time.NewTimer(hookTimeout)

@@ -3,6 +3,7 @@
 package ecdysis
 
 import (
+	"math"
 	"os"
 	"strconv"
 	"syscall"
@@ -77,9 +78,9 @@ func flag(set bool) string {
 	return ""
 }
 
-// decodeWire is the reverse of appendTo. With an error it returns what it could
-// read, for the error's text.
-func decodeWire(r record) (w wire, err error) {
+// decode is the reverse of appendTo, into the zero wire. With an error w is what
+// it could read, for the error's text.
+func (w *wire) decode(r record) error {
 	var dev, ino, size string
 	for _, f := range r {
 		key, value, _ := cut(f, '=')
@@ -113,19 +114,21 @@ func decodeWire(r record) (w wire, err error) {
 		}
 	}
 	if w.path != "" {
-		var err1, err2 error
-		w.dev, err1 = strconv.ParseUint(dev, 10, 64)
-		w.ino, err2 = strconv.ParseUint(ino, 10, 64)
-		if err1 != nil || err2 != nil {
-			return w, errorf("its file is device %q, inode %q; want numbers", dev, ino)
+		var ok1, ok2 bool
+		w.dev, ok1 = number64(dev)
+		w.ino, ok2 = number64(ino)
+		if !ok1 || !ok2 {
+			return errorf("its file is device %q, inode %q; want numbers", dev, ino)
 		}
 	}
 	if w.kind == kindState {
-		if w.size, err = strconv.ParseInt(size, 10, 64); err != nil || w.size < 0 {
-			return w, errorf("its size is %q; want a number", size)
+		n, ok := number64(size)
+		if !ok || n > math.MaxInt64 {
+			return errorf("its size is %q; want a number", size)
 		}
+		w.size = int64(n)
 	}
-	return w, nil
+	return nil
 }
 
 // isSocket reports whether clients find it by its address.

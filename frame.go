@@ -4,6 +4,7 @@ package ecdysis
 
 import (
 	"errors"
+	"math"
 )
 
 // The codec of the conversation between two generations, which docs/protocol.md
@@ -51,6 +52,25 @@ var (
 	errAgain     = errors.New("nothing has come yet")
 	errTruncated = errors.New("the system delivered fewer descriptors than were sent: the limit of open files (RLIMIT_NOFILE) is too low for what this process inherits")
 )
+
+// number returns the number that a field's value is, in decimal digits alone.
+func number(text string) (n int, ok bool) {
+	u, ok := number64(text)
+	return int(u), ok && u <= math.MaxInt
+}
+
+// number64 is number, likewise. The package strconv has an error for each
+// reason, which nobody would see.
+func number64(text string) (n uint64, ok bool) {
+	for _, c := range []byte(text) {
+		digit := uint64(c - '0')
+		if digit > 9 || n > (math.MaxUint64-digit)/10 {
+			return 0, false
+		}
+		n = n*10 + digit
+	}
+	return n, text != ""
+}
 
 func (r record) get(key string) string {
 	for _, f := range r {

@@ -106,7 +106,8 @@ func FuzzEntry(f *testing.F) {
 			return
 		}
 		for _, r := range fr.records {
-			w, err := decodeWire(r)
+			var w wire
+			err := w.decode(r)
 			if err == nil {
 				b := w.appendTo(newFrame(frameSockets))
 				if len(b) <= frameHeader+maxFrame {
@@ -114,7 +115,8 @@ func FuzzEntry(f *testing.F) {
 					if err != nil || len(written.records) != 1 {
 						t.Fatalf("%+v became %q, %v", w, b, err)
 					}
-					if again, err := decodeWire(written.records[0]); err != nil || again != w {
+					var again wire
+					if err := again.decode(written.records[0]); err != nil || again != w {
 						t.Fatalf("%+v became %+v, %v", w, again, err)
 					}
 				}

@@ -20,13 +20,13 @@ import (
 // receiveInheritance receives what the predecessor hands on after its HELLO.
 // The zero deadline is none.
 func (u *Upgrader) receiveInheritance(hello frame, deadline time.Time) error {
-	generation, err := strconv.Atoi(hello.first("generation"))
-	if err != nil || generation < 0 {
+	generation, ok := number(hello.first("generation"))
+	if !ok {
 		return errorf("the predecessor says that its generation is %q; want a number", hello.first("generation"))
 	}
 	u.generation = generation + 1
 	u.inheritRetired(hello)
-	err = u.receiveEntries(deadline)
+	err := u.receiveEntries(deadline)
 	if err == nil {
 		err = u.checkNetwork(hello.first("network"))
 	}
@@ -137,14 +137,14 @@ func (u *Upgrader) disinherit() {
 // that only a later version knows is kept, and closed by Ready like everything
 // that nobody asks for.
 func (e *entry) inherit(r record, fd int) error {
-	w, err := decodeWire(r)
-	*e = entry{wire: w, inherited: true, state: unclaimed}
+	e.inherited, e.state = true, unclaimed
 	e.setBare(fd)
+	err := e.decode(r)
 	if err == nil {
 		err = e.check(fd)
 	}
 	if err != nil {
-		return errorf("inherited descriptor for %s: %w", w.label(), err)
+		return errorf("inherited descriptor for %s: %w", e.label(), err)
 	}
 	return nil
 }
@@ -209,8 +209,7 @@ func sameAddrPort(a netip.AddrPort, text string) bool {
 	if err != nil {
 		return false
 	}
-	port, err := strconv.Atoi(service)
-	if err != nil || port != int(a.Port()) {
+	if port, ok := number(service); !ok || port != int(a.Port()) {
 		return false
 	}
 	ip, err := netip.ParseAddr(host)

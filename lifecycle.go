@@ -56,18 +56,19 @@ type lifecycle struct {
 	orderCause  trigger         // of that stop
 	stopClients []*net.UnixConn // clients of control sockets that wait for this process's end
 	answered    []*net.UnixConn // of these, those that know of it; their connections end with this process
-	last        Event           // what Wait returns; the zero Event until then
+	last        *Event          // what Wait returns; nil until then
 
 	ready chan struct{} // closed when Ready has succeeded
 	exit  chan struct{} // what Exit returns
 	ended chan struct{} // closed when Wait is to return last
 
 	stoppedAfter chan struct{} // closed when a stop comes after an upgrade
-	stopAfter    *sync.Once    // closes it
+	stopAfter    sync.Once     // closes it
 }
 
-func newLifecycle() lifecycle {
-	return lifecycle{ready: make(chan struct{}), exit: make(chan struct{}), ended: make(chan struct{}), stoppedAfter: make(chan struct{}), stopAfter: new(sync.Once)}
+// make makes the channels.
+func (l *lifecycle) make() {
+	l.ready, l.exit, l.ended, l.stoppedAfter = make(chan struct{}), make(chan struct{}), make(chan struct{}), make(chan struct{})
 }
 
 // made reports whether New has made the Upgrader.
@@ -231,8 +232,8 @@ func (l *lifecycle) takePending() (kind EventKind, t trigger) {
 
 // end makes Wait return e, unless something else has ended it before. It
 // returns the clients that wait for this process's end.
-func (l *lifecycle) end(e Event) (clients []*net.UnixConn, first bool) {
-	clients, first = l.stopClients, l.last.Kind == ""
+func (l *lifecycle) end(e *Event) (clients []*net.UnixConn, first bool) {
+	clients, first = l.stopClients, l.last == nil
 	l.stopClients = nil
 	if first {
 		l.last = e

@@ -131,7 +131,8 @@ func (u *Upgrader) explainInUse(a *bindAddr, err error) error {
 	if !errors.Is(err, syscall.EADDRINUSE) || a.family == syscall.AF_UNIX {
 		return err
 	}
-	port := a.key()[strings.LastIndexByte(a.key(), ':'):]
+	key := a.key()
+	port := key[strings.LastIndexByte(key, ':'):]
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	for _, e := range u.reg.inherited {

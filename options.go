@@ -183,27 +183,27 @@ func (o *Options) socketPaths() []socketPath {
 	}
 }
 
-// check returns o with its defaults filled in and its paths made absolute.
-func (o Options) check() (Options, error) {
+// check fills in the defaults and makes the paths absolute.
+func (o *Options) check() error {
 	if o.UpgradeTimeout < 0 {
-		return o, errorf("UpgradeTimeout is %v; want 0 (for %v) or more", o.UpgradeTimeout, DefaultUpgradeTimeout)
+		return errorf("UpgradeTimeout is %v; want 0 (for %v) or more", o.UpgradeTimeout, DefaultUpgradeTimeout)
 	}
 	if o.UpgradeTimeout == 0 {
 		o.UpgradeTimeout = DefaultUpgradeTimeout
 	}
 	if o.Probation < 0 {
-		return o, errorf("the Probation is %v; want 0 (for none) or more", o.Probation)
+		return errorf("the Probation is %v; want 0 (for none) or more", o.Probation)
 	}
 	if o.MaxDraining < -1 {
-		return o, errorf("MaxDraining is %d; want -1 (for none), 0 (for any number) or more", o.MaxDraining)
+		return errorf("MaxDraining is %d; want -1 (for none), 0 (for any number) or more", o.MaxDraining)
 	}
 	if len(o.Unit) > maxUnit {
-		return o, errorf("the Unit has %d bytes; want at most %d", len(o.Unit), maxUnit)
+		return errorf("the Unit has %d bytes; want at most %d", len(o.Unit), maxUnit)
 	}
 	if err := o.checkPaths(); err != nil {
-		return o, err
+		return err
 	}
-	return o, o.checkSignals()
+	return o.checkSignals()
 }
 
 // checkPaths makes the paths absolute. No two may be the same.

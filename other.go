@@ -60,8 +60,7 @@ var process atomic.Pointer[Upgrader]
 // a control socket is an error that wraps errors.ErrUnsupported, because there are
 // no control sockets on these systems.
 func New(opts Options) (*Upgrader, error) {
-	opts, err := opts.check()
-	if err != nil {
+	if err := opts.check(); err != nil {
 		return nil, errorf("ecdysis: new: %w", err)
 	}
 	u := &Upgrader{

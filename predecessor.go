@@ -59,7 +59,7 @@ func takeInheritance() (value string, ok bool) {
 		return "", false
 	}
 	_ = os.Unsetenv(envName) // fails only for names that it refuses
-	if fd, err := strconv.Atoi(record(split(value, ' ')).get("fd")); err == nil && fd >= 3 {
+	if fd, ok := number(record(split(value, ' ')).get("fd")); ok && fd >= 3 {
 		syscall.CloseOnExec(fd)
 	}
 	return strings.Clone(value), true
@@ -88,16 +88,16 @@ func openInheritance() (*stream, error) {
 
 func openStream(value string) (*stream, error) {
 	r := record(split(value, ' '))
-	fd, err := strconv.Atoi(r.get("fd"))
-	if err != nil || fd < 3 {
+	fd, ok := number(r.get("fd"))
+	if !ok || fd < 3 {
 		return nil, errors.New("it names no descriptor")
 	}
-	pid, err := strconv.Atoi(r.get("pid"))
-	if err != nil {
+	pid, ok := number(r.get("pid"))
+	if !ok {
 		return nil, errors.New("it names no process")
 	}
-	uid, err := strconv.Atoi(r.get("uid"))
-	if err != nil {
+	uid := r.get("uid")
+	if uid == "" {
 		return nil, errors.New("it names no user")
 	}
 	typ, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE)
@@ -106,7 +106,7 @@ func openStream(value string) (*stream, error) {
 	}
 	// Some systems do not tell who made a socket pair. There the variable is
 	// believed.
-	if peer, err := peerCred(fd); err == nil && (peer.UID != uid || peer.PID != 0 && peer.PID != pid) {
+	if peer, err := peerCred(fd); err == nil && (strconv.Itoa(peer.UID) != uid || peer.PID != 0 && peer.PID != pid) {
 		return nil, errorf("descriptor %d leads to process %d of user %d", fd, peer.PID, peer.UID)
 	}
 	s, err := newStream(fd)
@@ -248,7 +248,7 @@ func stopOrder(f frame) (kind EventKind, t trigger) {
 		kind = EventPartialStop
 	}
 	t = trigger{socket: f.first("socket"), passedOn: true}
-	if n, err := strconv.Atoi(f.first("signal")); err == nil {
+	if n, ok := number(f.first("signal")); ok {
 		t.signal = syscall.Signal(n)
 	}
 	return kind, t

@@ -5,7 +5,6 @@ package ecdysis
 import (
 	"net"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -68,7 +67,7 @@ func portZeroKey(e *entry) (string, bool) {
 	if _, isUnix := socketType(e.network); err != nil || isUnix {
 		return "", false
 	}
-	if n, err := strconv.Atoi(port); port != "" && (err != nil || n != 0) {
+	if n, ok := number(port); port != "" && (!ok || n != 0) {
 		return "", false
 	}
 	i := strings.LastIndexByte(e.boundKey, ':')

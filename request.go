@@ -53,7 +53,11 @@ func Request(ctx context.Context, path string) (Reply, error) {
 }
 
 func request(ctx context.Context, path string) (Reply, error) {
-	c, err := dialControl(ctx, path)
+	fd, err := dialControl(ctx, path)
+	if err != nil {
+		return Reply{}, err
+	}
+	c, err := unixConn(fd)
 	if err != nil {
 		return Reply{}, err
 	}
@@ -103,23 +107,23 @@ func unread(c *net.UnixConn) (b []byte) {
 
 func parseReply(line string) (r Reply, ok bool) {
 	rec := record(split(line, ' '))
-	pid, err1 := strconv.Atoi(rec.get("pid"))
-	generation, err2 := strconv.Atoi(rec.get("generation"))
-	return Reply{pid, generation}, rec[0] == "ok" && err1 == nil && err2 == nil
+	pid, ok1 := number(rec.get("pid"))
+	generation, ok2 := number(rec.get("generation"))
+	return Reply{pid, generation}, rec[0] == "ok" && ok1 && ok2
 }
 
-// dialControl connects to a Unix socket. An error of the system is a
-// *net.OpError.
-func dialControl(ctx context.Context, path string) (*net.UnixConn, error) {
+// dialControl returns a descriptor that is connected to a Unix socket. An error
+// of the system is a *net.OpError.
+func dialControl(ctx context.Context, path string) (fd int, err error) {
 	if err := (ListenConfig{}).check(kindListener, "unix", path); err != nil {
-		return nil, err
+		return -1, err
 	}
 	fail := func(err error) error {
 		return &net.OpError{Op: "dial", Net: "unix", Addr: &net.UnixAddr{Net: "unix", Name: path}, Err: err}
 	}
-	fd, err := newSocket(syscall.AF_UNIX, syscall.SOCK_STREAM)
+	fd, err = newSocket(syscall.AF_UNIX, syscall.SOCK_STREAM)
 	if err != nil {
-		return nil, fail(err)
+		return -1, fail(err)
 	}
 	for {
 		err = syscall.Connect(fd, &syscall.SockaddrUnix{Name: path})
@@ -134,12 +138,12 @@ func dialControl(ctx context.Context, path string) (*net.UnixConn, error) {
 		}
 		if err != syscall.EAGAIN && err != syscall.EINTR {
 			syscall.Close(fd)
-			return nil, fail(os.NewSyscallError("connect", err))
+			return -1, fail(os.NewSyscallError("connect", err))
 		}
 		if err := ctx.Err(); err != nil {
 			syscall.Close(fd)
-			return nil, err
+			return -1, err
 		}
 	}
-	return unixConn(fd)
+	return fd, nil
 }

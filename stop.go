@@ -119,7 +119,7 @@ func (u *Upgrader) giveUp(owner bool) {
 }
 
 // ownEvent returns an event about this process.
-func (u *Upgrader) ownEvent(t trigger, kind EventKind) Event {
+func (u *Upgrader) ownEvent(t trigger, kind EventKind) *Event {
 	e := t.event(kind)
 	e.PID, e.Generation = os.Getpid(), u.generation
 	return e
@@ -147,7 +147,7 @@ func (u *Upgrader) stopPending() bool {
 
 // end closes the control sockets, answers the clients that have asked for this
 // process's end, and makes Wait return e unless something else has ended it.
-func (u *Upgrader) end(e Event) {
+func (u *Upgrader) end(e *Event) {
 	for _, c := range u.controls {
 		c.finish()
 	}

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net"
 	"os"
 	"slices"
 	"sync"
@@ -94,10 +93,6 @@ func (c *control) serveTakeover(t trigger, running *sync.WaitGroup) {
 	})
 }
 
-// errLate means that the process to take over from has sent nothing for too
-// long.
-var errLate = errorf("the process that listens there has not answered in time (Options.UpgradeTimeout): %w", os.ErrDeadlineExceeded)
-
 // takeOver makes the process that serves at path this process's predecessor,
 // and receives all that it has. If no process serves there, it does nothing.
 func (u *Upgrader) takeOver(path string) error {
@@ -108,35 +103,35 @@ func (u *Upgrader) takeOver(path string) error {
 		err = u.receiveInheritance(hello, deadline)
 	}
 	if err == os.ErrDeadlineExceeded {
-		err = errLate
+		err = errorf("the process that listens there has not answered in time (Options.UpgradeTimeout): %w", err)
 	}
 	return err
 }
 
 // dialPredecessor connects to the process that serves at path and requests a
 // takeover. It returns the stream to that process and its first frame, or nil if
-// no process serves there.
+// no process serves there. After the deadline it returns os.ErrDeadlineExceeded.
 func dialPredecessor(path, unit string, deadline time.Time) (*stream, frame, error) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 	for tries := 1; ; tries++ {
-		c, err := dialControl(ctx, path)
+		fd, err := dialControl(ctx, path)
 		if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED) {
 			return nil, frame{}, nil
 		}
 		if err == context.DeadlineExceeded { // the queue there is full
-			return nil, frame{}, errLate
+			return nil, frame{}, os.ErrDeadlineExceeded
 		}
 		if err != nil {
 			return nil, frame{}, err
 		}
-		s, f, err := requestTakeover(c, unit, deadline)
+		s, f, err := requestTakeover(fd, unit, deadline)
 		if err == nil {
 			return s, f, nil
 		}
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			return nil, frame{}, errLate
+			return nil, frame{}, os.ErrDeadlineExceeded
 		case err != io.EOF:
 			return nil, frame{}, err
 		case tries == 100:
@@ -148,9 +143,9 @@ func dialPredecessor(path, unit string, deadline time.Time) (*stream, frame, err
 }
 
 // requestTakeover sends TAKE and returns the answer if it is HELLO. With an
-// error c is closed.
-func requestTakeover(c *net.UnixConn, unit string, deadline time.Time) (*stream, frame, error) {
-	s, err := streamOn(c)
+// error fd is closed.
+func requestTakeover(fd int, unit string, deadline time.Time) (*stream, frame, error) {
+	s, err := newStream(fd)
 	if err != nil {
 		return nil, frame{}, err
 	}

@@ -12,7 +12,10 @@ import (
 // errNoBytes is what a call says that would send descriptors with nothing.
 var errNoBytes = errors.New("descriptors travel with at least one byte, and there is none")
 
-var errTooManyFiles = errorf("%w: the system delivered fewer descriptors than were sent (see RLIMIT_NOFILE)", os.NewSyscallError("recvmsg", syscall.EMFILE))
+// tooManyFiles is the error of a call whose descriptors the system had to cut.
+func tooManyFiles() error {
+	return errorf("%w: the system delivered fewer descriptors than were sent (see RLIMIT_NOFILE)", os.NewSyscallError("recvmsg", syscall.EMFILE))
+}
 
 // ReadFiles reads from a Unix connection of any kind into b, and returns the
 // descriptors that came with what it has read, close-on-exec, as files that
@@ -59,7 +62,7 @@ func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 	}
 	if err != nil {
 		if err == syscall.EMFILE {
-			return fail(errTooManyFiles)
+			return fail(tooManyFiles())
 		}
 		return fail(os.NewSyscallError("recvmsg", err))
 	}
@@ -67,7 +70,7 @@ func ReadFiles(c syscall.Conn, b []byte) (n int, files []*os.File, err error) {
 	switch {
 	case err != nil:
 	case flags&syscall.MSG_CTRUNC != 0:
-		err = errTooManyFiles
+		err = tooManyFiles()
 	case flags&syscall.MSG_TRUNC != 0:
 		err = tooLong(len(b))
 	case end && len(fds) == 0:

@@ -47,8 +47,12 @@ func (s *strayedSocket) autobound() bool {
 	if !isAbstract(s.address) || len(s.address) != len("@00000") {
 		return false
 	}
-	_, err := strconv.ParseUint(s.address[1:], 16, 32)
-	return err == nil
+	for _, c := range s.address[1:] {
+		if (c < '0' || c > '9') && (c < 'a' || c > 'f') {
+			return false
+		}
+	}
+	return true
 }
 
 func (u *Upgrader) unregistered() ([]*strayedSocket, error) {

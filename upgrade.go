@@ -6,7 +6,6 @@ import (
 	"errors"
 	"io"
 	"os"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -125,7 +124,7 @@ type attempt struct {
 }
 
 // event returns an event about the successor.
-func (a *attempt) event(kind EventKind) Event {
+func (a *attempt) event(kind EventKind) *Event {
 	e := a.trigger.event(kind)
 	e.Takeover = a.taker != nil
 	e.PID, e.Generation = a.pid(), a.u.generation+1
@@ -298,8 +297,8 @@ func (a *attempt) awaitReady(deadline time.Time) error {
 // process ID in the frame is good enough to be printed. Only the system's own
 // word decides what may be killed.
 func (a *attempt) takeReady(f frame) (err error) {
-	pid, err := strconv.Atoi(f.first("pid"))
-	if err != nil || pid <= 0 {
+	pid, ok := number(f.first("pid"))
+	if !ok || pid == 0 {
 		return errorf("the successor says that its process ID is %q; want a number", f.first("pid"))
 	}
 	a.ownPID = pid

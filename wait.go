@@ -23,8 +23,8 @@ type trigger struct {
 }
 
 // event returns an event that t has caused.
-func (t trigger) event(kind EventKind) Event {
-	return Event{Kind: kind, Signal: t.signal, Socket: t.socket, PassedOn: t.passedOn}
+func (t trigger) event(kind EventKind) *Event {
+	return &Event{Kind: kind, Signal: t.signal, Socket: t.socket, PassedOn: t.passedOn}
 }
 
 // byWait reports whether a call of Wait acts on t, on a goroutine of its own.
@@ -74,7 +74,7 @@ func (t trigger) refuse(err error) {
 // call of Upgrade or WaitForParent does.
 func (u *Upgrader) Wait() Event {
 	u.mu.Lock()
-	retired := u.life.last.Takeover
+	retired := u.life.last != nil && u.life.last.Takeover
 	u.mu.Unlock()
 	if retired {
 		return u.waitRetired()
@@ -115,7 +115,7 @@ func (u *Upgrader) Wait() Event {
 			running.Wait()
 			u.mu.Lock()
 			defer u.mu.Unlock()
-			return u.life.last
+			return *u.life.last
 		}
 	}
 }
@@ -131,13 +131,13 @@ func (u *Upgrader) waitRetired() Event {
 	case <-u.life.stoppedAfter:
 	}
 	u.releaseStops()
-	return u.ownEvent(t, kind)
+	return *u.ownEvent(t, kind)
 }
 
 // catchStops keeps the signals that stop this process for Wait.
 func (u *Upgrader) catchStops() {
 	u.mu.Lock()
-	ended := u.life.last.Kind != ""
+	ended := u.life.last != nil
 	u.mu.Unlock()
 	if ended {
 		return

@@ -77,10 +77,10 @@ func hologram() *entry {
 }
 
 // A stage is how far an attempt has come.`},
-		{"control.go", "func okLine(e Event) string {", `
-func okLine(e Event) string { return olderLine(e) + " colour=mauve" }
+		{"control.go", "func okLine(e *Event) string {", `
+func okLine(e *Event) string { return olderLine(e) + " colour=mauve" }
 
-func olderLine(e Event) string {`},
+func olderLine(e *Event) string {`},
 		{"exec_unix.go", `envName+"=fd=3 "+peer`, `envName+"=later=1 fd=3 "+peer+" colour=mauve"`},
 	}
 }
