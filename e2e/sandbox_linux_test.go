@@ -71,7 +71,7 @@ func TestHungSuccessorInASandbox(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			spec := proctest.Both.At(proctest.AtStart, sandbox.Do(d), sends.Do(sending{Size: 1000}))
-			p := proctest.Start(t, spec.UpgradeTimeout(3*time.Second),
+			p := proctest.Start(t, spec.UpgradeTimeout(shortTimeout),
 				spec.At(proctest.AtListened, proctest.Hang),
 				spec.At(proctest.On(ecdysis.EventReady), proctest.Kill),
 				spec.At(proctest.AtNew, readPattern.Do(stateRead{-1, 100})))

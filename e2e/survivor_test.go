@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"os/exec"
-	"time"
 
 	"github.com/ecdysis-go/ecdysis"
 	"github.com/ecdysis-go/ecdysis/internal/proctest"
@@ -28,7 +27,7 @@ func survive(c *proctest.Chain, edit ...func(*exec.Cmd)) *survivor {
 
 // shortTimeout is the Options.UpgradeTimeout of tests that let it pass. Their
 // next upgrade must be quicker.
-const shortTimeout = 3 * time.Second
+var shortTimeout = proctest.Patience / 10
 
 // A failure is how an upgrade fails.
 type failure struct {

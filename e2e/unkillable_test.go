@@ -16,7 +16,7 @@ import (
 
 // lateTimeout is what a busy machine needs to bring a successor to the point
 // at which it holds.
-const lateTimeout = 5 * time.Second
+var lateTimeout = proctest.Patience / 6
 
 func TestUnkillableSuccessorLate(t *testing.T) {
 	t.Parallel()
