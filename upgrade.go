@@ -335,8 +335,6 @@ func (a *attempt) await(deadline time.Time) (frame, error) {
 		}
 		f, err := a.s.read(until)
 		switch {
-		case err == nil:
-			return f, nil
 		case err == io.EOF:
 			return f, io.ErrUnexpectedEOF
 		case !errors.Is(err, os.ErrDeadlineExceeded):

@@ -7,7 +7,9 @@ import (
 	"runtime"
 	"syscall"
 	"testing"
+	"time"
 
+	"github.com/ecdysis-go/ecdysis"
 	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
@@ -127,6 +129,30 @@ func TestCloseWithdraws(t *testing.T) {
 			c.Specs(proctest.Spec{})
 			p.Upgrade().HasUnclaimed()
 		})
+	}
+}
+
+// Nothing refers to a socket that was closed.
+func TestClosedIsForgotten(t *testing.T) {
+	t.Parallel()
+	c, err := proctest.Ours(t).ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	forgotten := make(chan struct{})
+	runtime.AddCleanup(c.(*ecdysis.UDPConn).UDPConn, func(done chan struct{}) { close(done) }, forgotten)
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for limit := time.After(proctest.Patience); ; {
+		runtime.GC()
+		select {
+		case <-forgotten:
+			return
+		case <-limit:
+			t.Fatal("the socket is not collected")
+		case <-time.After(time.Millisecond):
+		}
 	}
 }
 

@@ -156,6 +156,21 @@ func TestClosedBeforeSent(t *testing.T) {
 	}
 }
 
+// A listener whose record is too long fails the upgrade before the successor
+// starts, until it is closed.
+func TestTooLongToSend(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.TCP.And("tcp", "127.0.0.1:"+strings.Repeat("0", 70_000)), proctest.TCP)
+	f := p.FailUpgrade(ecdysis.StepStart, nil)
+	proctest.Want(t, f, nil, "there can be")
+	p.Serves()
+	if err := p.Close(1); err != nil {
+		t.Fatal(err)
+	}
+	p.Upgrade().Serves()
+	p.Chain.None()
+}
+
 // Not parallel, because two of these processes have 10,000 descriptors in
 // flight, and the system counts those of all processes of a user.
 func TestHugeInheritance(t *testing.T) {

@@ -111,6 +111,27 @@ func TestSignalBeforeReady(t *testing.T) {
 	}
 }
 
+// Wait acts on signals to stop before Ready, too.
+func TestSignalStopBeforeReady(t *testing.T) {
+	t.Parallel()
+	for _, what := range []order{stop, partial} {
+		t.Run(what.name, func(t *testing.T) {
+			t.Parallel()
+			spec := signalled.Hold(proctest.AtNew)
+			spec.Wait = false
+			p := proctest.New(t, spec).Launch()
+			p.At(proctest.AtNew)
+			waiting := wait.Begin(p)
+			p.InWait()
+			p.Signal(what.signal)
+			// There is nothing to drain, so that a partial stop is a whole one.
+			if e, err := waiting.Wait(); e.Kind != ecdysis.EventStopping || e.Signal != what.signal {
+				t.Errorf("Wait returned %v, %v; want a stop by %v", e, err, what.signal)
+			}
+		})
+	}
+}
+
 // A signal that has made Wait return kills when it comes again.
 func TestSignalAfterWait(t *testing.T) {
 	t.Parallel()

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"syscall"
 	"testing"
@@ -44,6 +45,22 @@ func TestStopAbortsBeforeItReturns(t *testing.T) {
 			s.Ended()
 		})
 	}
+}
+
+var readAbort = proctest.Define("read up to ABORT", func(d *proctest.Daemon, _ proctest.None) (proctest.None, error) {
+	_, err := proctest.ReadUntil(d.Stream, 'A')
+	return proctest.None{}, err
+})
+
+// The successor's end is not the reason of an upgrade that was stopped, even if
+// the predecessor sees it first.
+func TestStopThatEndsTheSuccessorAtOnce(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.TCP, proctest.TCP.At(proctest.AtStart, readAbort.Do(), proctest.Exit(0)))
+	a := p.BeginUpgrade(proctest.Successor{Role: proctest.Raw})
+	a.Successor()
+	p.Stop()
+	a.Fails(ecdysis.StepInit, ecdysis.ErrStopped)
 }
 
 // A stop that comes between COMMIT and FINAL is passed on to the successor,
@@ -200,6 +217,13 @@ func TestStopSignalBeforeWait(t *testing.T) {
 	a.OK() // the predecessor has not come back
 }
 
+// collectGarbage closes connections to which nothing refers.
+var collectGarbage = proctest.Define("collect garbage", func(*proctest.Daemon, proctest.None) (proctest.None, error) {
+	runtime.GC()
+	runtime.GC()
+	return proctest.None{}, nil
+})
+
 // The client of a stop socket has its answer when accepting has ended, and waits
 // until the process has exited.
 func TestStopRequestWaitsForTheExit(t *testing.T) {
@@ -220,6 +244,8 @@ func TestStopRequestWaitsForTheExit(t *testing.T) {
 		done <- result{r, err}
 	}()
 	p.Event(ecdysis.EventStopping, 0)
+	p.AwaitExit() // after the answer
+	collectGarbage.On(p)
 	p.Answers(client)
 	select {
 	case r := <-done:

@@ -278,6 +278,37 @@ func TestDeletedSocketFileCannotBeRenewed(t *testing.T) {
 	p.ServesAt(p.Addr(0))
 }
 
+// A successor that was given up removes what it has made in the place of a
+// deleted file, even if its predecessor does not.
+func TestDeletedSocketFileOfARefusedSuccessor(t *testing.T) {
+	t.Parallel()
+	c := proctest.New(t, proctest.Spec{}.And("unix", "$DIR/sock").Hold(proctest.AtReadyFailed))
+	path := c.Path("sock")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	f, err := ln.(*net.UnixListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	p, peer := c.LaunchUnder()
+	peer.Send(proctest.Frame('H', proctest.Record{"version=1", "generation=0"}))
+	peer.Send(proctest.Frame('S', proctest.Record{"kind=listener", "network=unix", "address=" + path, "at=unix " + path,
+		"path=" + path, "dev=1", "ino=1", "gone=1"}), int(f.Fd()))
+	peer.Send(proctest.Frame('E'))
+	peer.ReadUntil('R')
+	c.HasFiles(fmt.Sprint("sock.", p.PID))
+	peer.Send(proctest.Frame('A'))
+	proctest.Want(t, p.ErrAt(proctest.AtReadyFailed), ecdysis.ErrAborted)
+	c.HasFiles()
+}
+
 // The file of another process that is alive stays.
 func TestReplacedSocketFile(t *testing.T) {
 	t.Parallel()

@@ -312,6 +312,20 @@ func TestTakerDuringUpgrade(t *testing.T) {
 	l.Check()
 }
 
+// A process whose options cannot be meant does not begin to take over.
+func TestTakerWithBadOptions(t *testing.T) {
+	t.Parallel()
+	bad := taking()
+	bad.Options.StopSocket = "$DIR/" + strings.Repeat("x", 200)
+	p := proctest.Start(t, taking(), bad)
+	n := p.Chain.Launch()
+	proctest.Want(t, n.ErrAt(proctest.AtNewFailed), nil, "StopSocket", "at most")
+	n.Ended()
+	p.Chain.Specs(taking())
+	takenOver(p, p.Chain.Start(), 1)
+	p.HasEvents(ecdysis.EventUpgrading, ecdysis.EventHandover, ecdysis.EventUpgraded)
+}
+
 // A taker that comes between COMMIT and the moment at which the successor serves
 // is told, too, and is not the first client that the successor accepts.
 func TestTakerDuringHandover(t *testing.T) {

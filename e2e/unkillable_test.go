@@ -59,10 +59,24 @@ func TestUnkillableSuccessorLate(t *testing.T) {
 // does, or ends, nobody serves.
 func TestUnkillableSuccessorCommitted(t *testing.T) {
 	t.Parallel()
-	for _, end := range []string{"serves", "is killed"} {
+	const wrapped = "serves, behind a wrapper that can be killed"
+	const helped = "is killed, and a process that it has started holds the stream"
+	for _, end := range []string{"serves", wrapped, "is killed", helped} {
 		t.Run(end, func(t *testing.T) {
 			t.Parallel()
-			p, root := proctest.Unkillable(t, proctest.TCP, proctest.TCP.Hold(proctest.On(ecdysis.EventReady)), proctest.TCP)
+			var helper proctest.Action
+			if end == helped {
+				helper = proctest.LeaveHelper
+			}
+			p, root := proctest.Unkillable(t, proctest.TCP, proctest.TCP.At(proctest.On(ecdysis.EventReady), helper, proctest.Hold), proctest.TCP)
+			if end == wrapped {
+				script := p.Chain.Path("wrapper")
+				if err := os.WriteFile(script, []byte("#!/bin/sh\n\"$PROGRAM\"\nexit $?\n"), 0o755); err != nil {
+					t.Fatal(err)
+				}
+				root.SetEnv = append(root.SetEnv, "PROGRAM="+root.Path)
+				root.Path = script
+			}
 			a := p.BeginUpgrade(root)
 			s := a.Successor()
 			s.At(proctest.On(ecdysis.EventReady))
@@ -85,11 +99,11 @@ func TestUnkillableSuccessorCommitted(t *testing.T) {
 				t.Fatal("the successor has ended")
 			}
 			answers := s
-			if end == "serves" {
+			if end == "serves" || end == wrapped {
 				s.Resume()
 				a.OK()
 			} else {
-				s.Kill()
+				s.Signal(os.Kill)
 				a.Fails(ecdysis.StepHandover, io.ErrUnexpectedEOF)
 				s.Reaped()
 				answers = p
