@@ -174,7 +174,7 @@ func (w *wire) recognize(fd int) {
 				return
 			}
 			var st syscall.Stat_t
-			if syscall.Stat(w.path, &st) == nil {
+			if stat(w.path, &st) == nil {
 				w.dev, w.ino = uint64(st.Dev), uint64(st.Ino)
 			}
 		}

@@ -124,7 +124,7 @@ func (a *bindAddr) bindFile(fd int, lc ListenConfig, e *entry) error {
 	// is set.
 	e.path = a.path
 	if lc.Mode != 0 {
-		if cerr := syscall.Chmod(a.path, uint32(lc.Mode)); cerr != nil {
+		if cerr := chmod(a.path, lc.Mode); cerr != nil {
 			err = &os.PathError{Op: "chmod", Path: a.path, Err: cerr}
 		}
 	}
@@ -133,10 +133,10 @@ func (a *bindAddr) bindFile(fd int, lc ListenConfig, e *entry) error {
 	}
 	var st syscall.Stat_t
 	if err == nil {
-		err = os.NewSyscallError("lstat", syscall.Lstat(a.path, &st))
+		err = os.NewSyscallError("lstat", lstat(a.path, &st))
 	}
 	if err != nil {
-		_ = syscall.Unlink(a.path)
+		_ = unlink(a.path)
 		return err
 	}
 	e.dev, e.ino = uint64(st.Dev), uint64(st.Ino)
@@ -150,7 +150,7 @@ func (a *bindAddr) bindFile(fd int, lc ListenConfig, e *entry) error {
 func (a *bindAddr) removeStale() error {
 	inUse := os.NewSyscallError("bind", syscall.EADDRINUSE)
 	var st syscall.Stat_t
-	err := syscall.Lstat(a.path, &st)
+	err := lstat(a.path, &st)
 	if err == syscall.ENOENT {
 		return nil
 	}
@@ -174,7 +174,7 @@ func (a *bindAddr) removeStale() error {
 	default:
 		return errorf("%w: another process listens there", inUse)
 	}
-	if err := syscall.Unlink(a.path); err != nil && err != syscall.ENOENT {
+	if err := unlink(a.path); err != nil && err != syscall.ENOENT {
 		return errorf("removing a stale socket file: %w", &os.PathError{Op: "remove", Path: a.path, Err: err})
 	}
 	return nil
@@ -184,7 +184,7 @@ func (a *bindAddr) removeStale() error {
 // that a process listens to, or a file that is no socket.
 func isLive(path string) bool {
 	var st syscall.Stat_t
-	if err := syscall.Lstat(path, &st); err != nil {
+	if err := lstat(path, &st); err != nil {
 		return err != syscall.ENOENT && err != syscall.ENOTDIR
 	}
 	if st.Mode&syscall.S_IFMT != syscall.S_IFSOCK {
@@ -226,8 +226,8 @@ func renew(asked *socketRequest, e *entry) (*entry, error) {
 func (e *entry) place() bool {
 	beside := e.beside
 	e.beside = ""
-	if isLive(e.path) || syscall.Rename(beside, e.path) != nil {
-		_ = syscall.Unlink(beside)
+	if isLive(e.path) || rename(beside, e.path) != nil {
+		_ = unlink(beside)
 		return false
 	}
 	return true

@@ -156,14 +156,14 @@ func (w *wire) key() string {
 // hasFile reports whether w's file is at path.
 func (w *wire) hasFile(path string) bool {
 	var st syscall.Stat_t
-	return syscall.Lstat(path, &st) == nil && uint64(st.Dev) == w.dev && uint64(st.Ino) == w.ino
+	return lstat(path, &st) == nil && uint64(st.Dev) == w.dev && uint64(st.Ino) == w.ino
 }
 
 // removeFile removes a Unix socket's file if it is still the one that was
 // bound.
 func (w *wire) removeFile() {
 	if w.path != "" && !w.foreign && w.hasFile(w.path) {
-		_ = syscall.Unlink(w.path)
+		_ = unlink(w.path)
 	}
 }
 

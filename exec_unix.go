@@ -49,7 +49,7 @@ func ownName() string {
 	if statExecutable(exe, &own) != nil {
 		return arg0
 	}
-	if file, err := lookUp(arg0); err == nil && syscall.Stat(file, &named) == nil && named.Dev == own.Dev && named.Ino == own.Ino {
+	if file, err := lookUp(arg0); err == nil && stat(file, &named) == nil && named.Dev == own.Dev && named.Ino == own.Ino {
 		return arg0
 	}
 	return exe
@@ -101,7 +101,7 @@ func defaultCommand() *Command {
 // enterable returns an error that says why a directory cannot be entered.
 func enterable(dir string) error {
 	var st syscall.Stat_t
-	return syscall.Stat(dir+"/.", &st)
+	return stat(dir+"/.", &st)
 }
 
 // startPath is what the program's name meant at the start. A name without a
@@ -193,10 +193,10 @@ func lookUp(name string) (string, error) {
 		if !path.IsAbs(dir) {
 			continue
 		}
-		fi, serr := os.Stat(file)
+		var st syscall.Stat_t
 		switch {
-		case serr != nil || fi.IsDir():
-		case fi.Mode().Perm()&0o111 == 0:
+		case stat(file, &st) != nil || st.Mode&syscall.S_IFMT == syscall.S_IFDIR:
+		case syscall.Access(file, unix.X_OK) != nil:
 			err = syscall.EACCES
 		default:
 			return file, nil
@@ -211,7 +211,7 @@ func lookUp(name string) (string, error) {
 func workingDir() (string, error) {
 	if dir := os.Getenv("PWD"); path.IsAbs(dir) {
 		var a, b syscall.Stat_t
-		if syscall.Stat(dir, &a) == nil && syscall.Stat(".", &b) == nil && a.Dev == b.Dev && a.Ino == b.Ino {
+		if stat(dir, &a) == nil && stat(".", &b) == nil && a.Dev == b.Dev && a.Ino == b.Ino {
 			return dir, nil
 		}
 	}

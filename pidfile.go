@@ -22,7 +22,7 @@ func writePIDFile(path string) (pidFile, error) {
 		return pidFile{}, nil
 	}
 	p := pidFile{temp: tempPIDFile(path, os.Getpid()), path: path}
-	_ = syscall.Unlink(p.temp) // of an earlier process with this ID
+	_ = unlink(p.temp) // of an earlier process with this ID
 	f, err := os.OpenFile(p.temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
 		return pidFile{}, errorf("PID file: %w", err)
@@ -33,7 +33,7 @@ func writePIDFile(path string) (pidFile, error) {
 	}
 	var st syscall.Stat_t
 	if err == nil {
-		err = os.NewSyscallError("lstat", syscall.Lstat(p.temp, &st))
+		err = os.NewSyscallError("lstat", lstat(p.temp, &st))
 	}
 	if err != nil {
 		p.discard()
@@ -75,7 +75,7 @@ func (u *Upgrader) ownsPIDFile() bool {
 	p := u.pidFile
 	u.mu.Unlock()
 	var st syscall.Stat_t
-	return !errors.Is(err, os.ErrNotExist) && syscall.Lstat(u.opts.PIDFile, &st) == nil &&
+	return !errors.Is(err, os.ErrNotExist) && lstat(u.opts.PIDFile, &st) == nil &&
 		p.ino != 0 && uint64(st.Dev) == p.dev && uint64(st.Ino) == p.ino
 }
 
@@ -83,7 +83,7 @@ func (p pidFile) commit() error {
 	if p.path == "" {
 		return nil
 	}
-	if err := syscall.Rename(p.temp, p.path); err != nil {
+	if err := rename(p.temp, p.path); err != nil {
 		p.discard()
 		return errorf("PID file: %w", &os.LinkError{Op: "rename", Old: p.temp, New: p.path, Err: err})
 	}
@@ -92,6 +92,6 @@ func (p pidFile) commit() error {
 
 func (p pidFile) discard() {
 	if p.path != "" {
-		_ = syscall.Unlink(p.temp)
+		_ = unlink(p.temp)
 	}
 }

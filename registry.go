@@ -110,7 +110,7 @@ func (r *registry) findAddr(a *bindAddr) *entry {
 	}
 	// The same file may be there by another path.
 	var st syscall.Stat_t
-	if syscall.Stat(a.path, &st) != nil {
+	if stat(a.path, &st) != nil {
 		return nil
 	}
 	same = func(e *entry) bool {
@@ -443,7 +443,7 @@ func (u *Upgrader) removeBeside() {
 	defer u.mu.Unlock()
 	for _, e := range u.reg.entries {
 		if e.beside != "" {
-			_ = syscall.Unlink(e.beside)
+			_ = unlink(e.beside)
 		}
 	}
 }

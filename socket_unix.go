@@ -4,6 +4,7 @@ package ecdysis
 
 import (
 	"errors"
+	"os"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -130,4 +131,43 @@ func peek(fd int) (n int, err error) {
 			return max(n, 0), err
 		}
 	}
+}
+
+// A call on a file ends with EINTR on some file systems, FUSE's among them, when
+// Go's runtime sends a signal to its own thread. So these make the call again,
+// as package os does.
+
+func unlink(path string) (err error) {
+	for err = syscall.EINTR; err == syscall.EINTR; {
+		err = syscall.Unlink(path)
+	}
+	return err
+}
+
+func rename(from, to string) (err error) {
+	for err = syscall.EINTR; err == syscall.EINTR; {
+		err = syscall.Rename(from, to)
+	}
+	return err
+}
+
+func chmod(path string, mode os.FileMode) (err error) {
+	for err = syscall.EINTR; err == syscall.EINTR; {
+		err = syscall.Chmod(path, uint32(mode.Perm()))
+	}
+	return err
+}
+
+func stat(path string, st *syscall.Stat_t) (err error) {
+	for err = syscall.EINTR; err == syscall.EINTR; {
+		err = syscall.Stat(path, st)
+	}
+	return err
+}
+
+func lstat(path string, st *syscall.Stat_t) (err error) {
+	for err = syscall.EINTR; err == syscall.EINTR; {
+		err = syscall.Lstat(path, st)
+	}
+	return err
 }

@@ -174,7 +174,7 @@ func unlinkedFile() (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := syscall.Unlink(f.Name()); err != nil {
+	if err := unlink(f.Name()); err != nil {
 		f.Close()
 		return nil, os.NewSyscallError("unlink", err)
 	}

@@ -4,7 +4,6 @@ package ecdysis
 
 import (
 	"os"
-	"syscall"
 )
 
 // Stop, the partial stop, and what a process gives up at its end.
@@ -57,7 +56,7 @@ func (u *Upgrader) stopWholly(t trigger, was phase) {
 	u.notify(e)
 	u.giveUp(u.takeOwnership(was))
 	if u.ownsPIDFile() {
-		_ = syscall.Unlink(u.opts.PIDFile)
+		_ = unlink(u.opts.PIDFile)
 	}
 	u.reap()
 	u.end(e)

@@ -93,7 +93,7 @@ func networkOfSocket(int) uint64 { return 0 }
 func (w *watch) without(*syscall.ProcAttr) bool { return false }
 
 // statExecutable tells which file this process runs.
-func statExecutable(exe string, st *syscall.Stat_t) error { return syscall.Stat(exe, st) }
+func statExecutable(exe string, st *syscall.Stat_t) error { return stat(exe, st) }
 
 // begin begins to watch a child.
 func (w *watch) begin(pid int) {

@@ -194,10 +194,10 @@ func (w *watch) kill() (done bool, err error) {
 
 // statExecutable tells which file this process runs, also if it was replaced.
 func statExecutable(exe string, st *syscall.Stat_t) error {
-	if err := syscall.Stat("/proc/self/exe", st); err == nil {
+	if err := stat("/proc/self/exe", st); err == nil {
 		return nil
 	}
-	return syscall.Stat(exe, st)
+	return stat(exe, st)
 }
 
 func (w *watch) close() {

@@ -66,8 +66,8 @@ func (a *attempt) removeBeside() {
 		if e.path == "" || e.foreign {
 			continue
 		}
-		if beside := besidePath(e.path, pid); syscall.Lstat(beside, &st) == nil && st.Mode&syscall.S_IFMT == syscall.S_IFSOCK {
-			_ = syscall.Unlink(beside)
+		if beside := besidePath(e.path, pid); lstat(beside, &st) == nil && st.Mode&syscall.S_IFMT == syscall.S_IFSOCK {
+			_ = unlink(beside)
 		}
 	}
 }
