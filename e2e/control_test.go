@@ -653,6 +653,48 @@ func TestControlSocketUsers(t *testing.T) {
 	}
 }
 
+// A slowContext calls f before it tells its error.
+type slowContext struct {
+	context.Context
+	f func()
+}
+
+func (c slowContext) Err() error {
+	c.f()
+	return c.Context.Err()
+}
+
+// An answer that comes when ctx has just ended is returned with ctx's error.
+func TestRequestAnsweredAtTheEnd(t *testing.T) {
+	t.Parallel()
+	path := proctest.ShortDir(t) + "/s"
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	accepted := make(chan net.Conn, 1)
+	go func() {
+		defer cancel() // which ends the wait for the answer
+		c, err := ln.Accept()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		accepted <- c
+	}()
+	answer := sync.OnceFunc(func() {
+		c := <-accepted
+		t.Cleanup(func() { c.Close() })
+		fmt.Fprintln(c, "ok pid=7 generation=3")
+	})
+	r, err := ecdysis.Request(slowContext{ctx, answer}, path)
+	if want := (ecdysis.Reply{PID: 7, Generation: 3}); r != want || !errors.Is(err, context.Canceled) {
+		t.Errorf("Request returned %v, %v; want %v and context.Canceled", r, err, want)
+	}
+}
+
 func TestRequestErrors(t *testing.T) {
 	t.Parallel()
 	dir := proctest.ShortDir(t)

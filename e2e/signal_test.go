@@ -148,6 +148,7 @@ func TestSignalAfterWait(t *testing.T) {
 			p.InWait()
 			p.Signal(syscall.SIGTERM)
 			hasReturned(p, what.kind, signaled(syscall.SIGTERM))
+			wait.On(p) // which returns at once
 			p.Signal(syscall.SIGTERM)
 			if s := p.ExitStatus(); s != "signal: terminated" {
 				t.Errorf("process %d ended by %s; want SIGTERM", p.PID, s)

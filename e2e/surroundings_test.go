@@ -278,6 +278,23 @@ func TestDeletedSocketFileCannotBeRenewed(t *testing.T) {
 	p.ServesAt(p.Addr(0))
 }
 
+// A file that is no socket is nothing that a killed successor has left beside
+// a socket's file.
+func TestFileBesideASocketFile(t *testing.T) {
+	t.Parallel()
+	p := proctest.Start(t, proctest.Both, proctest.Both.Hold(proctest.AtNew), proctest.Both)
+	var beside string
+	p.KillHolding(func(s *proctest.Proc) {
+		beside = fmt.Sprint("sock.", s.PID)
+		if err := os.WriteFile(p.Chain.Path(beside), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	})
+	p.Chain.HasFiles("pid", "sock", beside)
+	p.Serves()
+	p.Upgrade().Serves()
+}
+
 // A successor that was given up removes what it has made in the place of a
 // deleted file, even if its predecessor does not.
 func TestDeletedSocketFileOfARefusedSuccessor(t *testing.T) {
