@@ -22,10 +22,12 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/ecdysis-go/ecdysis/internal/proctest"
 )
 
 // patience is how long a test waits for what must happen.
-const patience = 20 * time.Second
+var patience = proctest.Patience
 
 // A service is a unit of one part of TestInside, made from one of the units in
 // testdata/units.

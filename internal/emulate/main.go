@@ -58,7 +58,7 @@ func run() error {
 	if err := loopback(); err != nil {
 		return err
 	}
-	for name, value := range map[string]string{"PATH": "/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "ECDYSIS_PROCTEST_PATIENCE": "5m"} {
+	for name, value := range map[string]string{"PATH": "/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "PROCTEST_PATIENCE": "5m"} {
 		os.Setenv(name, value)
 	}
 	var u unix.Utsname

@@ -19,19 +19,19 @@ const (
 )
 
 // Patience is how long a test waits for what must happen. It is 30 seconds, or
-// the duration that the environment variable ECDYSIS_PROCTEST_PATIENCE has, for
+// the duration that the environment variable PROCTEST_PATIENCE has, for
 // machines on which that is too short.
 var Patience = patience()
 
 func patience() time.Duration {
 	const usual = 30 * time.Second
-	value := os.Getenv("ECDYSIS_PROCTEST_PATIENCE")
+	value := os.Getenv("PROCTEST_PATIENCE")
 	if value == "" {
 		return usual
 	}
 	d, err := time.ParseDuration(value)
 	if err != nil || d < usual {
-		panic("ECDYSIS_PROCTEST_PATIENCE: want a duration of at least " + usual.String() + ", not " + strconv.Quote(value))
+		panic("PROCTEST_PATIENCE: want a duration of at least " + usual.String() + ", not " + strconv.Quote(value))
 	}
 	return d
 }
