@@ -541,7 +541,7 @@ func TestStreamDescriptors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := a.send(frameSockets, []record{{"one"}, {"two"}}, []int{int(w.Fd())}); err != nil {
+	if err := a.sendFrame(makeFrame(frameSockets, []record{{"one"}, {"two"}}), []int{int(w.Fd())}); err != nil {
 		t.Fatal(err)
 	}
 	w.Close()
@@ -549,7 +549,7 @@ func TestStreamDescriptors(t *testing.T) {
 		t.Fatalf("a batch with a descriptor too few: %v", err)
 	}
 	// The old process's end takes no descriptors at all.
-	if err := b.send(frameSockets, []record{{"one"}}, []int{int(r.Fd())}); err != nil {
+	if err := b.sendFrame(makeFrame(frameSockets, []record{{"one"}}), []int{int(r.Fd())}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := a.next(); err == nil || !strings.Contains(err.Error(), "the successor sent descriptors") || len(a.fds) != 0 {
@@ -718,7 +718,7 @@ func TestDescriptorsWithOneByte(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.send(frameSockets, []record{{"kind=file"}}, []int{0}); err != nil {
+	if err := s.sendFrame(makeFrame(frameSockets, []record{{"kind=file"}}), []int{0}); err != nil {
 		t.Fatal(err)
 	}
 	if !slices.Equal(sizes, []int{1, 1}) {
@@ -873,7 +873,7 @@ func TestPeerIsClosing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.send(frameEnd, nil, nil); err != io.EOF {
+	if err := s.send(frameEnd); err != io.EOF {
 		t.Errorf("a frame: %v; want EOF", err)
 	}
 }
@@ -1069,7 +1069,7 @@ func TestSenderOfReady(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, kind := range []byte{frameAck, frameReady} {
-		if err := peer.send(kind, nil, nil); err != nil {
+		if err := peer.send(kind); err != nil {
 			t.Fatal(err)
 		}
 		if f, err := s.read(time.Now().Add(20 * time.Second)); err != nil || f.kind != kind {
@@ -1128,7 +1128,7 @@ func TestRestIsSent(t *testing.T) {
 		records = append(records, record{"kind=file", "name=" + strings.Repeat("x", maxName)})
 		fds = append(fds, int(null.Fd()))
 	}
-	if err := old.send(frameSockets, records, fds); err != nil {
+	if err := old.sendFrame(makeFrame(frameSockets, records), fds); err != nil {
 		t.Fatal(err)
 	}
 	if len(old.out) == 0 {
@@ -1148,7 +1148,7 @@ func TestRestIsSent(t *testing.T) {
 	if f.kind != frameSockets || len(f.records) != len(records) || len(f.fds) != len(fds) {
 		t.Errorf("a frame %q with %d records and %d descriptors; want %d of each", f.kind, len(f.records), len(f.fds), len(fds))
 	}
-	if err := successor.send(frameAck, nil, nil); err != nil {
+	if err := successor.send(frameAck); err != nil {
 		t.Fatal(err)
 	}
 	if err := <-answer; err != nil {

@@ -85,7 +85,7 @@ func (u *Upgrader) receiveBatch(f frame) error {
 			u.reg.inherited = append(u.reg.inherited, e)
 		}
 	}
-	_ = u.pred.s.send(frameAck, nil, nil) // fails only if the predecessor is gone
+	_ = u.pred.s.send(frameAck) // fails only if the predecessor is gone
 	return nil
 }
 

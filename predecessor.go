@@ -146,7 +146,7 @@ func (p *predecessor) hello() (frame, error) {
 // after mustStop reports true.
 func (p *predecessor) awaitCommit(unclaimed record, mustStop func() bool) (orphan bool, err error) {
 	r := append(record{"pid=" + strconv.Itoa(os.Getpid())}, unclaimed...)
-	if err := p.s.send(frameReady, []record{r}, nil); err != nil && err != io.EOF {
+	if err := p.s.send(frameReady, r...); err != nil && err != io.EOF {
 		return false, errorf("ecdysis: ready: %w", err)
 	}
 	for {

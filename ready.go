@@ -93,7 +93,7 @@ func (u *Upgrader) becomeServing() error {
 	if !u.first() && !orphan {
 		// Clients come first. With the lock, because a stop sends BYE, which
 		// must not come before DONE. It fails only if the predecessor is gone.
-		_ = u.pred.s.send(frameDone, nil, nil)
+		_ = u.pred.s.send(frameDone)
 	}
 	u.mu.Unlock()
 	u.drop(dropped)

@@ -88,7 +88,7 @@ func (u *Upgrader) takeOwnership(was phase) bool {
 	}
 	// The predecessor reads what was sent before it looks whether this process
 	// lives: once BYE is sent, it does not come back.
-	owner := u.pred.s.send(frameBye, nil, nil) == nil || u.awaitIndependence()
+	owner := u.pred.s.send(frameBye) == nil || u.awaitIndependence()
 	if owner {
 		u.removeDropped()
 	}

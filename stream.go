@@ -315,14 +315,18 @@ func (s *stream) wait(ctx context.Context, done <-chan struct{}, handle func(fra
 // wakeReader makes the goroutine that waits for input look again.
 func (s *stream) wakeReader() { _ = s.conn.SetReadDeadline(past) }
 
-// send sends a frame without blocking. Every frame except SOCKETS fits the
-// system's buffer. It returns errAgain if the buffer is full and nothing was
-// taken. The descriptors go with the frame's first byte.
-func (s *stream) send(kind byte, records []record, fds []int) error {
-	return s.sendFrame(makeFrame(kind, records), fds)
+// send sends a frame of one record, or of none if there are no fields.
+func (s *stream) send(kind byte, fields ...string) error {
+	var records []record
+	if len(fields) > 0 {
+		records = []record{fields}
+	}
+	return s.sendFrame(makeFrame(kind, records), nil)
 }
 
-// sendFrame is send, of a frame that has been made.
+// sendFrame sends a frame without blocking. Every frame except SOCKETS fits the
+// system's buffer. It returns errAgain if the buffer is full and nothing was
+// taken. The descriptors go with the frame's first byte.
 func (s *stream) sendFrame(b []byte, fds []int) error {
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
@@ -397,7 +401,7 @@ func (s *stream) write(b, oob []byte) (n int, err error) {
 // end of the stream that follows would mean that this process has died.
 func (s *stream) abort(reason string) error {
 	_ = s.raw.Control(func(fd uintptr) { useReserve(int(fd)) })
-	return s.send(frameAbort, []record{{"reason=" + reason[:min(len(reason), maxAbortReason)]}}, nil)
+	return s.send(frameAbort, "reason="+reason[:min(len(reason), maxAbortReason)])
 }
 
 // maxAbortReason is how much of a reason ABORT has room for, in bytes.
@@ -429,7 +433,7 @@ func (s *stream) sendFail(reason error) {
 			}
 		}
 	}
-	if s.send(frameFail, []record{r}, nil) == nil { // fails only if the predecessor is gone
+	if s.send(frameFail, r...) == nil { // fails only if the predecessor is gone
 		s.finishSending(time.Now().Add(time.Second))
 	}
 }

@@ -78,7 +78,7 @@ func (c *control) serveTakeover(t trigger, running *sync.WaitGroup) {
 			err = io.EOF // it came while this process did not look, and has gone
 		}
 		if err == nil && c.u.isRetired(unit) {
-			_ = t.taker.send(frameFail, []record{{"reason=" + ErrRetired.Error(), "retired=1"}}, nil) // fails only if it is gone
+			_ = t.taker.send(frameFail, "reason="+ErrRetired.Error(), "retired=1") // fails only if it is gone
 			t.taker.close()
 			return
 		}
@@ -165,7 +165,7 @@ func (s *stream) exchangeTake(unit string, deadline time.Time) (f frame, err err
 	}
 	s.inherits = true
 	// A process that closes the connection at once may have sent the reason.
-	err = s.send(frameTake, []record{{"version=" + protocolVersion, "unit=" + unit}}, nil)
+	err = s.send(frameTake, "version="+protocolVersion, "unit="+unit)
 	if err == nil || err == io.EOF {
 		f, err = s.read(deadline)
 	}

@@ -36,7 +36,7 @@ func (a *attempt) handOver() error {
 		return err
 	}
 	probation := strconv.FormatInt(int64(u.opts.Probation), 10)
-	if err := a.s.send(frameCommit, []record{{"probation=" + probation}}, nil); err != nil {
+	if err := a.s.send(frameCommit, "probation="+probation); err != nil {
 		return a.gone(err)
 	}
 	f, err := a.await(time.Now().Add(handoverTimeout))
@@ -135,9 +135,9 @@ func (a *attempt) conclude() error {
 	defer u.mu.Unlock()
 	passOn := u.life.pending != "" && a.taker == nil
 	if passOn {
-		_ = a.s.send(frameStop, []record{stopRecord(u.life.pending, u.life.cause)}, nil)
+		_ = a.s.send(frameStop, stopRecord(u.life.pending, u.life.cause)...)
 	}
-	if err := a.s.send(frameFinal, nil, nil); err != nil && !a.saidBye() {
+	if err := a.s.send(frameFinal); err != nil && !a.saidBye() {
 		return a.gone(err)
 	}
 	u.life.phase, u.life.passedOn = upgraded, passOn

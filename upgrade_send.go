@@ -61,7 +61,7 @@ func (a *attempt) fill() error {
 	for _, unit := range u.retired {
 		hello = append(hello, "retired="+unit)
 	}
-	if err := a.s.send(frameHello, []record{hello}, nil); err != nil {
+	if err := a.s.send(frameHello, hello...); err != nil {
 		return err
 	}
 	for !a.endSent {
@@ -86,7 +86,7 @@ func (a *attempt) sendMore() error {
 		}
 		return err
 	}
-	err := a.s.send(frameEnd, nil, nil)
+	err := a.s.send(frameEnd)
 	a.endSent = err == nil
 	return err
 }
