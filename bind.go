@@ -136,7 +136,7 @@ func (a *bindAddr) bindFile(fd int, lc ListenConfig, e *entry) error {
 		err = os.NewSyscallError("lstat", lstat(a.path, &st))
 	}
 	if err != nil {
-		_ = unlink(a.path)
+		_ = os.Remove(a.path)
 		return err
 	}
 	e.dev, e.ino = uint64(st.Dev), uint64(st.Ino)
@@ -174,8 +174,8 @@ func (a *bindAddr) removeStale() error {
 	default:
 		return errorf("%w: another process listens there", inUse)
 	}
-	if err := unlink(a.path); err != nil && err != syscall.ENOENT {
-		return errorf("removing a stale socket file: %w", &os.PathError{Op: "remove", Path: a.path, Err: err})
+	if err := os.Remove(a.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return errorf("removing a stale socket file: %w", err)
 	}
 	return nil
 }
@@ -227,7 +227,7 @@ func (e *entry) place() bool {
 	beside := e.beside
 	e.beside = ""
 	if isLive(e.path) || rename(beside, e.path) != nil {
-		_ = unlink(beside)
+		_ = os.Remove(beside)
 		return false
 	}
 	return true

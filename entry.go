@@ -163,7 +163,7 @@ func (w *wire) hasFile(path string) bool {
 // bound.
 func (w *wire) removeFile() {
 	if w.path != "" && !w.foreign && w.hasFile(w.path) {
-		_ = unlink(w.path)
+		_ = os.Remove(w.path)
 	}
 }
 

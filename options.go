@@ -168,7 +168,8 @@ type Command struct {
 // maxUnit is the length of the longest Options.Unit.
 const maxUnit = 256
 
-// A socketPath is one of the paths of control sockets in Options.
+// A socketPath is one of the paths in Options: a control socket's or the PID
+// file's.
 type socketPath struct {
 	option string // the name of the field
 	path   *string
@@ -208,7 +209,6 @@ func (o *Options) check() error {
 
 // checkPaths makes the paths absolute. No two may be the same.
 func (o *Options) checkPaths() error {
-	options := map[string]string{} // by path
 	if o.PIDFile != "" {
 		if strings.HasSuffix(o.PIDFile, "/") {
 			return errorf("PIDFile is %q; want the path of a file", o.PIDFile)
@@ -217,8 +217,9 @@ func (o *Options) checkPaths() error {
 		if err != nil {
 			return errorf("PIDFile: %w", err)
 		}
-		o.PIDFile, options[path] = path, "PIDFile"
+		o.PIDFile = path
 	}
+	taken := []socketPath{{"PIDFile", &o.PIDFile}}
 	for _, s := range o.socketPaths() {
 		if *s.path == "" {
 			continue
@@ -227,10 +228,13 @@ func (o *Options) checkPaths() error {
 		if err != nil {
 			return errorf("%s: %w", s.option, err)
 		}
-		if other := options[path]; other != "" {
-			return errorf("%s and %s are both %q; want a path for each", other, s.option, path)
+		for _, other := range taken {
+			if *other.path == path {
+				return errorf("%s and %s are both %q; want a path for each", other.option, s.option, path)
+			}
 		}
-		*s.path, options[path] = path, s.option
+		*s.path = path
+		taken = append(taken, s)
 	}
 	return nil
 }

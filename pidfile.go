@@ -22,7 +22,7 @@ func writePIDFile(path string) (pidFile, error) {
 		return pidFile{}, nil
 	}
 	p := pidFile{temp: tempPIDFile(path, os.Getpid()), path: path}
-	_ = unlink(p.temp) // of an earlier process with this ID
+	_ = os.Remove(p.temp) // of an earlier process with this ID
 	f, err := os.OpenFile(p.temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
 		return pidFile{}, errorf("PID file: %w", err)
@@ -92,6 +92,6 @@ func (p pidFile) commit() error {
 
 func (p pidFile) discard() {
 	if p.path != "" {
-		_ = unlink(p.temp)
+		_ = os.Remove(p.temp)
 	}
 }

@@ -65,7 +65,8 @@ func (u *Upgrader) becomeServing() error {
 	u.mu.Lock()
 	u.pidFile = pidFile
 	u.mu.Unlock()
-	event := &Event{Kind: EventReady, PID: os.Getpid(), Generation: u.generation, Unclaimed: u.unclaimed()}
+	event := &Event{Kind: EventReady, PID: os.Getpid(), Generation: u.generation}
+	event.Unclaimed, _ = u.unclaimed()
 	if err := pidFile.commit(); err != nil {
 		if u.first() {
 			return errorf("ecdysis: ready: %w", err)

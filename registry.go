@@ -4,6 +4,7 @@ package ecdysis
 
 import (
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -378,39 +379,37 @@ func (u *Upgrader) removeDropped() {
 	}
 }
 
-// unclaimed names what was inherited and no call has asked for.
-func (u *Upgrader) unclaimed() []string {
+// unclaimed names what was inherited and no call has asked for, and lists the
+// files of the sockets among it.
+func (u *Upgrader) unclaimed() (names, paths []string) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	var names []string
 	for _, e := range u.reg.unclaimed() {
 		names = append(names, e.label())
+		if e.path != "" {
+			paths = append(paths, e.path)
+		}
 	}
 	if u.state != nil && u.state.unread() > 0 {
 		names = append(names, kindState)
 	}
-	return names
+	return names, paths
 }
 
 // unclaimedRecord tells the predecessor what no call has asked for: the files of
 // sockets, which it removes, and the names of all of it, as many as there is
 // room for.
 func (u *Upgrader) unclaimedRecord() (r record) {
+	names, paths := u.unclaimed()
 	size := 0
-	add := func(key, value string) {
-		if size += len(key) + len(value) + 4; size < maxFrame/2 {
-			r = append(r, key+"="+value)
+	for i, value := range slices.Concat(paths, names) {
+		field := "label=" + value
+		if i < len(paths) {
+			field = "unclaimed=" + value
 		}
-	}
-	u.mu.Lock()
-	for _, e := range u.reg.unclaimed() {
-		if e.path != "" {
-			add("unclaimed", e.path)
+		if size += len(field) + 3; size < maxFrame/2 { // 3 is the most that its length takes
+			r = append(r, field)
 		}
-	}
-	u.mu.Unlock()
-	for _, name := range u.unclaimed() {
-		add("label", name)
 	}
 	return r
 }
@@ -443,7 +442,7 @@ func (u *Upgrader) removeBeside() {
 	defer u.mu.Unlock()
 	for _, e := range u.reg.entries {
 		if e.beside != "" {
-			_ = unlink(e.beside)
+			_ = os.Remove(e.beside)
 		}
 	}
 }

@@ -137,13 +137,6 @@ func peek(fd int) (n int, err error) {
 // Go's runtime sends a signal to its own thread. So these make the call again,
 // as package os does.
 
-func unlink(path string) (err error) {
-	for err = syscall.EINTR; err == syscall.EINTR; {
-		err = syscall.Unlink(path)
-	}
-	return err
-}
-
 func rename(from, to string) (err error) {
 	for err = syscall.EINTR; err == syscall.EINTR; {
 		err = syscall.Rename(from, to)

@@ -174,9 +174,9 @@ func unlinkedFile() (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unlink(f.Name()); err != nil {
+	if err := os.Remove(f.Name()); err != nil {
 		f.Close()
-		return nil, os.NewSyscallError("unlink", err)
+		return nil, err
 	}
 	return f, nil
 }

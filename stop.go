@@ -56,7 +56,7 @@ func (u *Upgrader) stopWholly(t trigger, was phase) {
 	u.notify(e)
 	u.giveUp(u.takeOwnership(was))
 	if u.ownsPIDFile() {
-		_ = unlink(u.opts.PIDFile)
+		_ = os.Remove(u.opts.PIDFile)
 	}
 	u.reap()
 	u.end(e)

@@ -26,14 +26,20 @@ func (u *Upgrader) isRetired(unit string) bool { return unit != "" && slices.Con
 // unit's.
 func (u *Upgrader) inheritRetired(hello frame) {
 	r := hello.records[0]
-	u.retired = r.all("retired")
-	if unit := r.get("unit"); unit != "" && unit != u.opts.Unit {
-		if i := slices.Index(u.retired, unit); i >= 0 {
-			u.retired = slices.Delete(u.retired, i, i+1)
-		}
-		u.retired = append(u.retired, unit)
+	last := r.get("unit")
+	if last == u.opts.Unit {
+		last = ""
 	}
-	u.retired = u.retired[max(0, len(u.retired)-maxRetired):]
+	var list []string
+	for _, unit := range r.all("retired") {
+		if unit != last {
+			list = append(list, unit)
+		}
+	}
+	if last != "" {
+		list = append(list, last)
+	}
+	u.retired = list[max(0, len(list)-maxRetired):]
 }
 
 // maxPendingTakers is how many clients of the takeover socket may have sent

@@ -67,7 +67,7 @@ func (a *attempt) removeBeside() {
 			continue
 		}
 		if beside := besidePath(e.path, pid); lstat(beside, &st) == nil && st.Mode&syscall.S_IFMT == syscall.S_IFSOCK {
-			_ = unlink(beside)
+			_ = os.Remove(beside)
 		}
 	}
 }
@@ -181,16 +181,16 @@ type successorError struct {
 	network, address string // the address; empty if the successor did not say
 }
 
-func (e successorError) Error() string { return "it says: " + e.reason }
+func (e *successorError) Error() string { return "it says: " + e.reason }
 
 func failReason(f frame) error {
-	return successorError{f.first("reason"), f.first("inuse") == "1", f.first("network"), f.first("address")}
+	return &successorError{f.first("reason"), f.first("inuse") == "1", f.first("network"), f.first("address")}
 }
 
 // hasSaid reports whether err is the reason that a successor has given.
 func hasSaid(err error) bool {
 	for ; err != nil; err = errors.Unwrap(err) {
-		if _, ok := err.(successorError); ok {
+		if _, ok := err.(*successorError); ok {
 			return true
 		}
 	}
@@ -200,9 +200,12 @@ func hasSaid(err error) bool {
 // blame adds to the reason of a failed start which sockets of this process were
 // in the successor's way.
 func (a *attempt) blame(err error) error {
-	said, ok := err.(successorError)
+	said, ok := err.(*successorError)
 	if ok && !said.inUse || !ok && err != io.ErrUnexpectedEOF {
 		return err
+	}
+	if !ok {
+		said = &successorError{}
 	}
 	list, lerr := a.u.unregistered()
 	if lerr != nil {
@@ -227,7 +230,7 @@ func (a *attempt) blame(err error) error {
 
 // meets reports whether a socket can have been in the way of the address that
 // a successor has found in use.
-func (s successorError) meets(w *wire) bool {
+func (s *successorError) meets(w *wire) bool {
 	_, isUnix := socketType(w.network)
 	if isUnix {
 		return strings.HasPrefix(s.network, "unix") && w.address == s.address
