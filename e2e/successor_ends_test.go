@@ -7,7 +7,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -226,29 +225,6 @@ func TestGarbage(t *testing.T) {
 			v.survived(proctest.TCP)
 		})
 	}
-}
-
-var hangUp = proctest.Define("hang up", func(d *proctest.Daemon, _ proctest.None) (proctest.None, error) {
-	return proctest.None{}, d.Stream.Close()
-})
-
-// A successor that lives and has closed the stream before FINAL has not taken
-// over.
-func TestHangsUpBeforeFinal(t *testing.T) {
-	t.Parallel()
-	v := survive(proctest.New(t, proctest.TCP))
-	a := v.BeginUpgrade(proctest.Successor{Role: proctest.Raw})
-	s := a.Successor()
-	speak.On(s, speech{Ready: 1})
-	s.RawReadUntil('C')
-	v.Signal(syscall.SIGSTOP)
-	if err := s.RawWrite(proctest.Frame('D')); err != nil {
-		t.Fatal(err)
-	}
-	hangUp.On(s)
-	v.Signal(syscall.SIGCONT)
-	v.fails(a, failure{step: ecdysis.StepProbation, is: io.ErrUnexpectedEOF, how: "signal: killed"}).Successor.Ended()
-	v.survived(proctest.TCP)
 }
 
 // A READY that names another process does not make the predecessor end that
