@@ -61,6 +61,9 @@ func TestErrorfCalls(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if len(files) == 0 {
+		t.Skip("the source is not here: the test's binary runs alone, in an emulated machine for example")
+	}
 	verbs := regexp.MustCompile(`%.`)
 	calls := 0
 	for _, name := range files {
