@@ -497,9 +497,11 @@ func ExampleUpgrader_Unregistered() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	if _, err := net.Listen("tcp", address); err != nil { // should have been u.Listen
+	ln, err := net.Listen("tcp", address) // should have been u.Listen
+	if err != nil {
 		log.Fatal(u.Fail(err))
 	}
+	defer ln.Close()
 	left, err := u.Unregistered()
 	if err != nil {
 		log.Fatal(u.Fail(err))
