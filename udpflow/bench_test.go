@@ -109,11 +109,13 @@ func BenchmarkRead(b *testing.B) {
 		{name: "forwarded-batch", send: toOthers, read: func() { batches(c, 1); batches(older, burst) }},
 	}
 	for b.Loop() {
-		for _, t := range turns {
-			t.send()
-			start := time.Now()
-			t.read()
-			t.took = append(t.took, time.Since(start))
+		for range 20 {
+			for _, t := range turns {
+				t.send()
+				start := time.Now()
+				t.read()
+				t.took = append(t.took, time.Since(start))
+			}
 		}
 	}
 	b.ReportMetric(0, "ns/op")
