@@ -70,7 +70,7 @@ func (w *wire) appendTo(b []byte) []byte {
 	return endRecord(b)
 }
 
-// flag is the value of a field that is left out unless it is set.
+// flag is the value of a field for a bool: "1", or none for false.
 func flag(set bool) string {
 	if set {
 		return "1"

@@ -124,7 +124,7 @@ func TestSignalStopBeforeReady(t *testing.T) {
 			waiting := wait.Begin(p)
 			p.InWait()
 			p.Signal(what.signal)
-			// There is nothing to drain, so that a partial stop is a whole one.
+			// There is nothing to drain, so a partial stop ends the process at once.
 			if e, err := waiting.Wait(); e.Kind != ecdysis.EventStopping || e.Signal != what.signal {
 				t.Errorf("Wait returned %v, %v; want a stop by %v", e, err, what.signal)
 			}

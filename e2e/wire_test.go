@@ -101,19 +101,26 @@ func TestVersionIsRefused(t *testing.T) {
 	}
 }
 
-// An earlier version ignores what a later one adds.
-func TestUnknownIsIgnored(t *testing.T) {
-	t.Parallel()
+// listenerFile returns a listener of net, and a file of its descriptor.
+func listenerFile(t *testing.T) (net.Listener, *os.File) {
+	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer ln.Close()
+	t.Cleanup(func() { ln.Close() })
 	f, err := ln.(*net.TCPListener).File()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
+	t.Cleanup(func() { f.Close() })
+	return ln, f
+}
+
+// An earlier version ignores what a later one adds.
+func TestUnknownIsIgnored(t *testing.T) {
+	t.Parallel()
+	ln, f := listenerFile(t)
 	address := proctest.Addr{Network: "tcp", Address: ln.Addr().String()}
 
 	p, peer := proctest.New(t, proctest.TCP).LaunchUnder()
@@ -155,16 +162,7 @@ func TestUnknownIsIgnored(t *testing.T) {
 // An inherited socket whose record has no address is found by no call.
 func TestInheritedWithoutAnAddress(t *testing.T) {
 	t.Parallel()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	f, err := ln.(*net.TCPListener).File()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	_, f := listenerFile(t)
 	p, peer := proctest.New(t, proctest.Spec{}.And("unix", "$DIR/sock").And("tcp", "127.0.0.1:")).LaunchUnder()
 	peer.Send(proctest.Frame('H', proctest.Record{"version=1", "generation=6"}))
 	peer.Send(proctest.Frame('S', proctest.Record{"kind=listener", "network=tcp", "address=127.0.0.1:0", "at=nowhere"}), int(f.Fd()))

@@ -102,8 +102,8 @@ func test(path string, arguments []string) {
 	w.Close()
 	o := output{counts: make(map[string]int)}
 	if err == nil {
-		// All tests have ended when the program has, although a process that one of
-		// them has left may have a copy of w.
+		// The wait below is for the program, not for the end of its output: a process
+		// that a test has left behind may still have a copy of w.
 		read := make(chan struct{})
 		go func() {
 			defer close(read)
