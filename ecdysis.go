@@ -147,7 +147,7 @@ func New(opts Options) (*Upgrader, error) {
 
 // begin takes what there is to inherit, and opens the control sockets.
 func (u *Upgrader) begin() (err error) {
-	var hello frame
+	var hello *frame
 	if !u.first() {
 		hello, err = u.pred.hello()
 		if err == nil {

@@ -269,21 +269,30 @@ type spare struct{ file *os.File }
 // there can be none: then fd is still the caller's.
 func (s *spare) put(fd int) *os.File {
 	if s.file == nil {
-		own, err := newSocket(syscall.AF_UNIX, syscall.SOCK_DGRAM)
-		if err != nil {
-			return nil
-		}
-		if syscall.SetNonblock(own, false) != nil {
-			syscall.Close(own)
-			return nil
-		}
-		s.file = os.NewFile(uintptr(own), "")
+		s.open()
 	}
-	if dup3(fd, int(s.file.Fd())) != nil {
+	if s.file == nil || dup3(fd, int(s.file.Fd())) != nil {
 		return nil
 	}
 	syscall.Close(fd)
 	return s.file
+}
+
+// open makes the spare refer to a new socket. It returns the number of this
+// process's network namespace, or 0 if the system does not tell.
+func (s *spare) open() (network uint64) {
+	fd, err := newSocket(syscall.AF_UNIX, syscall.SOCK_DGRAM)
+	if err != nil {
+		return 0
+	}
+	network = networkOfSocket(fd)
+	if syscall.SetNonblock(fd, false) != nil {
+		syscall.Close(fd)
+		return network
+	}
+	s.close()
+	s.file = os.NewFile(uintptr(fd), "")
+	return network
 }
 
 func (s *spare) close() {

@@ -92,7 +92,7 @@ func (r record) all(key string) (values []string) {
 }
 
 // first returns the value of a key in a frame of one record.
-func (f frame) first(key string) string {
+func (f *frame) first(key string) string {
 	if len(f.records) == 0 {
 		return ""
 	}
@@ -141,28 +141,28 @@ func makeFrame(kind byte, records []record) []byte {
 }
 
 // parseFrame takes a frame from the front of b. It returns the frame's length,
-// or 0 if b does not hold a whole frame yet.
-func parseFrame(b []byte) (f frame, n int, err error) {
+// or 0 and no frame if b does not hold a whole one yet.
+func parseFrame(b []byte) (f *frame, n int, err error) {
 	if len(b) < frameHeader {
-		return f, 0, nil
+		return nil, 0, nil
 	}
 	size := uint32(b[1])<<24 | uint32(b[2])<<16 | uint32(b[3])<<8 | uint32(b[4])
 	if size > maxFrame {
-		return f, 0, errorf("a frame %q of %d bytes, more than the %d that there can be: the peer does not use this protocol", b[0], size, maxFrame)
+		return nil, 0, errorf("a frame %q of %d bytes, more than the %d that there can be: the peer does not use this protocol", b[0], size, maxFrame)
 	}
-	if len(b)-frameHeader < int(size) {
-		return f, 0, nil
-	}
-	f.kind = b[0]
 	n = frameHeader + int(size)
+	if len(b) < n {
+		return nil, 0, nil
+	}
+	f = &frame{kind: b[0]}
 	p := string(b[frameHeader:n]) // the fields are parts of it
-	var fields record
+	fields := make(record, 0, size/8)
 	for len(p) > 0 {
 		start := len(fields)
 		for {
 			l, w := uvarint(p)
 			if w == 0 || l > len(p)-w {
-				return f, 0, errorf("a frame %q that is not made of records: the peer does not use this protocol", f.kind)
+				return nil, 0, errorf("a frame %q that is not made of records: the peer does not use this protocol", f.kind)
 			}
 			field := p[w : w+l]
 			p = p[w+l:]

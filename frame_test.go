@@ -264,7 +264,7 @@ func FuzzConversation(f *testing.F) {
 			a := &attempt{u: u, s: s, child: &child{}}
 			for err == nil { // what comes after READY is read as standBy does
 				if err = a.awaitReady(time.Time{}); err == nil {
-					_ = a.unexpected(frame{kind: frameFail})
+					_ = a.unexpected(&frame{kind: frameFail})
 					a.saidBye()
 				}
 			}
@@ -644,7 +644,7 @@ func TestSmallBatches(t *testing.T) {
 		defer a.rest[i].closeBare()
 	}
 	deadline := time.Now().Add(20 * time.Second)
-	if err := a.fill(); err != nil || a.sent != 1 {
+	if err := a.fill(0); err != nil || a.sent != 1 {
 		t.Fatalf("before the start %d batches are sent, %v; want 1", a.sent, err)
 	}
 	u := &Upgrader{pred: newPredecessor(peer)}

@@ -19,7 +19,7 @@ import (
 
 // receiveInheritance receives what the predecessor hands on after its HELLO.
 // The zero deadline is none.
-func (u *Upgrader) receiveInheritance(hello frame, deadline time.Time) error {
+func (u *Upgrader) receiveInheritance(hello *frame, deadline time.Time) error {
 	generation, ok := number(hello.first("generation"))
 	if !ok {
 		return errorf("the predecessor says that its generation is %q; want a number", hello.first("generation"))
@@ -67,7 +67,7 @@ func (u *Upgrader) receiveEntries(deadline time.Time) error {
 	}
 }
 
-func (u *Upgrader) receiveBatch(f frame) error {
+func (u *Upgrader) receiveBatch(f *frame) error {
 	entries := make([]entry, len(f.records))
 	for i, r := range f.records {
 		e := &entries[i]
@@ -93,8 +93,11 @@ func (u *Upgrader) receiveBatch(f frame) error {
 // cannot reach an inherited socket, because it is of the predecessor's. That one
 // is told with HELLO.
 func (u *Upgrader) checkNetwork(predecessors string) error {
-	own := strconv.FormatUint(ownNetwork(), 10)
-	if u.opts.AcrossNetworks || predecessors == "" || predecessors == "0" || own == "0" || own == predecessors {
+	if u.opts.AcrossNetworks || predecessors == "" || predecessors == "0" {
+		return nil
+	}
+	own := strconv.FormatUint(u.reg.spare.open(), 10) // which a call of Listen needs as well
+	if own == "0" || own == predecessors {
 		return nil
 	}
 	for _, e := range u.reg.inherited {
@@ -110,17 +113,6 @@ func (u *Upgrader) checkNetwork(predecessors string) error {
 		}
 	}
 	return nil
-}
-
-// ownNetwork returns the number of this process's network namespace, or 0 if the
-// system does not tell.
-func ownNetwork() uint64 {
-	fd, err := newSocket(syscall.AF_UNIX, syscall.SOCK_DGRAM)
-	if err != nil {
-		return 0
-	}
-	defer syscall.Close(fd)
-	return networkOfSocket(fd)
 }
 
 // disinherit closes what has come.

@@ -93,28 +93,31 @@ func (u *Upgrader) ListenWith(lc ListenConfig, network, address string) (net.Lis
 // listenOrInherit returns the inherited socket for the address, or a new one.
 func (u *Upgrader) listenOrInherit(lc ListenConfig, kind string, open opener, network, address string) (pausable, error) {
 	asked := &socketRequest{askedAddr{network, address}, lc} // does not escape: most calls find what they ask for
-	fail := func(a net.Addr, err error) (pausable, error) {
-		return nil, errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: network, Addr: a, Err: err})
-	}
 	if err := lc.check(kind, network, address); err != nil {
-		return fail(askedAddr{network, address}, err)
+		return nil, asked.failed(askedAddr{network, address}, err)
 	}
 	// Equal words need no look-up, which may ask a name server.
 	s, err := u.claim(asked, open, func(r *registry) *entry { return r.findWords(network, address) })
 	if s != nil || err != nil {
 		return s, err
 	}
-	a, err := resolve(network, address)
+	return u.listenOrInheritAddr(asked, kind, open)
+}
+
+// listenOrInheritAddr is listenOrInherit after no inherited socket was asked for
+// with the same words.
+func (u *Upgrader) listenOrInheritAddr(asked *socketRequest, kind string, open opener) (pausable, error) {
+	a, err := resolve(asked.network, asked.address)
 	if err != nil {
-		return fail(askedAddr{network, address}, err)
+		return nil, asked.failed(askedAddr{asked.network, asked.address}, err)
 	}
-	s, err = u.claim(asked, open, func(r *registry) *entry { return r.findAddr(a) })
+	s, err := u.claim(asked, open, func(r *registry) *entry { return r.findAddr(a) })
 	if s != nil || err != nil {
 		return s, err
 	}
-	e, err := a.open(kind, lc)
+	e, err := a.open(kind, asked.lc)
 	if err != nil {
-		return fail(a.addr, u.explainInUse(a, err))
+		return nil, asked.failed(a.addr, u.explainInUse(a, err))
 	}
 	if s, err = u.claim(asked, open, func(*registry) *entry { return e }); err != nil {
 		e.removeFile()

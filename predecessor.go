@@ -116,7 +116,7 @@ func openStream(value string) (*stream, error) {
 	return s, err
 }
 
-func checkVersion(f frame) error {
+func checkVersion(f *frame) error {
 	if v := f.first("version"); v != protocolVersion {
 		return errorf("the other process uses version %q of the protocol, this one %s", v, protocolVersion)
 	}
@@ -124,7 +124,7 @@ func checkVersion(f frame) error {
 }
 
 // checkHello checks the first frame of a predecessor.
-func checkHello(f frame) error {
+func checkHello(f *frame) error {
 	if f.kind != frameHello {
 		return errorf("the predecessor began with a frame %q; want %q: it does not use this protocol", f.kind, frameHello)
 	}
@@ -133,7 +133,7 @@ func checkHello(f frame) error {
 
 // hello returns the first frame of a predecessor that has started this
 // process.
-func (p *predecessor) hello() (frame, error) {
+func (p *predecessor) hello() (*frame, error) {
 	f, err := p.s.read(time.Time{})
 	if err != nil {
 		return f, errorf("the predecessor has sent nothing: %w", err)
@@ -181,7 +181,7 @@ func (p *predecessor) isFinal() bool {
 
 // handleFinal takes a frame, or the end of the stream, that has come after
 // READY was answered. It reports whether the predecessor has no say any more.
-func (p *predecessor) handleFinal(f frame, err error) bool {
+func (p *predecessor) handleFinal(f *frame, err error) bool {
 	if err == nil && f.kind != frameFinal {
 		return false
 	}
@@ -202,7 +202,7 @@ func (u *Upgrader) WaitForParent(ctx context.Context) error {
 	if !u.life.isReady() {
 		return ErrNotReady
 	}
-	err := u.pred.s.wait(ctx, nil, func(f frame, err error) bool {
+	err := u.pred.s.wait(ctx, nil, func(f *frame, err error) bool {
 		u.handle(f, err)
 		return err != nil
 	})
@@ -242,7 +242,7 @@ func stopRecord(kind EventKind, t trigger) record {
 	return r
 }
 
-func stopOrder(f frame) (kind EventKind, t trigger) {
+func stopOrder(f *frame) (kind EventKind, t trigger) {
 	kind = EventStopping
 	if f.first("kind") == string(EventPartialStop) {
 		kind = EventPartialStop
@@ -256,7 +256,7 @@ func stopOrder(f frame) (kind EventKind, t trigger) {
 
 // handle takes what the predecessor sends after this process is ready. It
 // reports whether the predecessor has no say any more.
-func (u *Upgrader) handle(f frame, err error) bool {
+func (u *Upgrader) handle(f *frame, err error) bool {
 	if err == nil && f.kind == frameStop {
 		u.mu.Lock()
 		u.life.order, u.life.orderCause = stopOrder(f)

@@ -65,6 +65,11 @@ func (u *Upgrader) becomeServing() error {
 	u.mu.Lock()
 	u.pidFile = pidFile
 	u.mu.Unlock()
+	return u.serve(pidFile, orphan)
+}
+
+// serve makes this process the one that serves, which nobody else does any more.
+func (u *Upgrader) serve(pidFile pidFile, orphan bool) error {
 	event := &Event{Kind: EventReady, PID: os.Getpid(), Generation: u.generation}
 	event.Unclaimed, _ = u.unclaimed()
 	if err := pidFile.commit(); err != nil {
@@ -82,7 +87,7 @@ func (u *Upgrader) becomeServing() error {
 	// since ends it when Ready has done its work: if this process failed now,
 	// the predecessor would resume, and the stop would be lost.
 	if orphan {
-		u.handle(frame{}, io.EOF)
+		u.handle(nil, io.EOF)
 	}
 
 	u.mu.Lock()

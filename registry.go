@@ -303,6 +303,11 @@ type socketRequest struct {
 	lc ListenConfig
 }
 
+// failed is the error of a call.
+func (asked *socketRequest) failed(a net.Addr, err error) error {
+	return errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: asked.network, Addr: a, Err: err})
+}
+
 // register makes e a socket that is handed on, and opens it if this process
 // serves. What asked says, if it is not nil, replaces what came with e. u.mu is
 // held.

@@ -111,7 +111,7 @@ func closeAll(fds []int) {
 // next returns a frame that has come. It returns errAgain if there is none, and
 // the error that the stream ended with, io.EOF if the peer is gone, when all
 // frames before were returned. It does not block.
-func (s *stream) next() (frame, error) {
+func (s *stream) next() (*frame, error) {
 	s.rmu.Lock()
 	defer s.rmu.Unlock()
 	for {
@@ -126,21 +126,21 @@ func (s *stream) next() (frame, error) {
 		}
 		if err != nil {
 			s.end = err
-			return frame{}, err
+			return nil, err
 		}
 		if n > 0 {
 			s.in = s.in[n:]
 			return f, nil
 		}
 		if s.end != nil {
-			return frame{}, s.end
+			return nil, s.end
 		}
 		again := false
 		if err := s.raw.Control(func(fd uintptr) { again = !s.fill(int(fd)) }); err != nil {
-			return frame{}, err
+			return nil, err
 		}
 		if again {
-			return frame{}, errAgain
+			return nil, errAgain
 		}
 	}
 }
@@ -238,10 +238,10 @@ func (s *stream) waitInput() error {
 	})
 }
 
-// read returns the next frame, and sends the rest of one meanwhile. It returns os.ErrDeadlineExceeded, after a last
+// read returns the next frame. It returns os.ErrDeadlineExceeded, after a last
 // look, when the deadline has passed, and the error that the stream ended with.
 // The zero deadline is none.
-func (s *stream) read(deadline time.Time) (frame, error) {
+func (s *stream) read(deadline time.Time) (*frame, error) {
 	s.turn <- struct{}{}
 	defer func() { <-s.turn }()
 	for {
@@ -249,28 +249,37 @@ func (s *stream) read(deadline time.Time) (frame, error) {
 		if err != errAgain {
 			return f, err
 		}
-		if !deadline.IsZero() && !time.Now().Before(deadline) {
-			return f, os.ErrDeadlineExceeded
-		}
-		until := deadline
-		if s.sendRest() == errAgain { // nothing tells when there is room
-			if soon := time.Now().Add(restInterval); until.IsZero() || soon.Before(until) {
-				until = soon
-			}
-		}
-		if err := s.conn.SetReadDeadline(until); err != nil {
-			return f, err
-		}
-		if err := s.waitInput(); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-			return f, err
+		if err := s.await(deadline); err != nil {
+			return nil, err
 		}
 	}
+}
+
+// await returns when input may have come, and sends the rest of a frame
+// meanwhile. s.turn is held.
+func (s *stream) await(deadline time.Time) error {
+	if !deadline.IsZero() && !time.Now().Before(deadline) {
+		return os.ErrDeadlineExceeded
+	}
+	until := deadline
+	if s.sendRest() == errAgain { // nothing tells when there is room
+		if soon := time.Now().Add(restInterval); until.IsZero() || soon.Before(until) {
+			until = soon
+		}
+	}
+	if err := s.conn.SetReadDeadline(until); err != nil {
+		return err
+	}
+	if err := s.waitInput(); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		return err
+	}
+	return nil
 }
 
 // wait passes what comes, and at last the end of the stream, to handle. It
 // returns when handle returns true, done is closed, or ctx is done, and then
 // ctx's error.
-func (s *stream) wait(ctx context.Context, done <-chan struct{}, handle func(frame, error) bool) error {
+func (s *stream) wait(ctx context.Context, done <-chan struct{}, handle func(*frame, error) bool) error {
 	select {
 	case s.turn <- struct{}{}:
 	case <-done:
@@ -408,7 +417,7 @@ func (s *stream) abort(reason string) error {
 const maxAbortReason = 1024
 
 // aborted returns the error that a predecessor's ABORT means.
-func aborted(f frame) error {
+func aborted(f *frame) error {
 	reason := f.first("reason")
 	if reason == "" {
 		return ErrAborted

@@ -24,7 +24,7 @@ func (u *Upgrader) isRetired(unit string) bool { return unit != "" && slices.Con
 // inheritRetired notes the units that were replaced, as a predecessor's HELLO
 // tells them. The predecessor's own is one of them if this process is another
 // unit's.
-func (u *Upgrader) inheritRetired(hello frame) {
+func (u *Upgrader) inheritRetired(hello *frame) {
 	r := hello.records[0]
 	last := r.get("unit")
 	if last == u.opts.Unit {
@@ -117,19 +117,19 @@ func (u *Upgrader) takeOver(path string) error {
 // dialPredecessor connects to the process that serves at path and requests a
 // takeover. It returns the stream to that process and its first frame, or nil if
 // no process serves there. After the deadline it returns os.ErrDeadlineExceeded.
-func dialPredecessor(path, unit string, deadline time.Time) (*stream, frame, error) {
+func dialPredecessor(path, unit string, deadline time.Time) (*stream, *frame, error) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 	for tries := 1; ; tries++ {
 		fd, err := dialControl(ctx, path)
 		if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED) {
-			return nil, frame{}, nil
+			return nil, nil, nil
 		}
 		if err == context.DeadlineExceeded { // the queue there is full
-			return nil, frame{}, os.ErrDeadlineExceeded
+			return nil, nil, os.ErrDeadlineExceeded
 		}
 		if err != nil {
-			return nil, frame{}, err
+			return nil, nil, err
 		}
 		s, f, err := requestTakeover(fd, unit, deadline)
 		if err == nil {
@@ -137,11 +137,11 @@ func dialPredecessor(path, unit string, deadline time.Time) (*stream, frame, err
 		}
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			return nil, frame{}, os.ErrDeadlineExceeded
+			return nil, nil, os.ErrDeadlineExceeded
 		case err != io.EOF:
-			return nil, frame{}, err
+			return nil, nil, err
 		case tries == 100:
-			return nil, frame{}, errorf("a process listens there and closes the connection: %w", io.ErrUnexpectedEOF)
+			return nil, nil, errorf("a process listens there and closes the connection: %w", io.ErrUnexpectedEOF)
 		}
 		// It has ended, or was just being replaced.
 		time.Sleep(10 * time.Millisecond)
@@ -150,10 +150,10 @@ func dialPredecessor(path, unit string, deadline time.Time) (*stream, frame, err
 
 // requestTakeover sends TAKE and returns the answer if it is HELLO. With an
 // error fd is closed.
-func requestTakeover(fd int, unit string, deadline time.Time) (*stream, frame, error) {
+func requestTakeover(fd int, unit string, deadline time.Time) (*stream, *frame, error) {
 	s, err := newStream(fd)
 	if err != nil {
-		return nil, frame{}, err
+		return nil, nil, err
 	}
 	f, err := s.exchangeTake(unit, deadline)
 	if err != nil {
@@ -163,7 +163,7 @@ func requestTakeover(fd int, unit string, deadline time.Time) (*stream, frame, e
 	return s, f, nil
 }
 
-func (s *stream) exchangeTake(unit string, deadline time.Time) (f frame, err error) {
+func (s *stream) exchangeTake(unit string, deadline time.Time) (f *frame, err error) {
 	// NetBSD and OpenBSD do not tell this end reliably (see PeerCred). There
 	// the check of the other end, which has accepted, has to do.
 	if err := trusted(s.conn, true); err != nil {

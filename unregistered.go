@@ -79,6 +79,9 @@ func (u *Upgrader) unregistered() ([]*strayedSocket, error) {
 			})
 		}
 	}
+	if f := u.reg.spare.file; f != nil {
+		numbers[int(f.Fd())] = true
+	}
 	u.mu.Unlock()
 	var list []*strayedSocket
 	for _, fd := range fds {

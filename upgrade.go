@@ -296,7 +296,7 @@ func (a *attempt) awaitReady(deadline time.Time) error {
 // takeReady notes which process has sent READY, and what it does not want. The
 // process ID in the frame is good enough to be printed. Only the system's own
 // word decides what may be killed.
-func (a *attempt) takeReady(f frame) (err error) {
+func (a *attempt) takeReady(f *frame) (err error) {
 	pid, ok := number(f.first("pid"))
 	if !ok || pid == 0 {
 		return errorf("the successor says that its process ID is %q; want a number", f.first("pid"))
@@ -327,7 +327,7 @@ func (a *attempt) takeReady(f frame) (err error) {
 // the successor has ended, os.ErrDeadlineExceeded at the deadline, and
 // ErrStopped soon after a stop that comes before COMMIT. The zero deadline is
 // none.
-func (a *attempt) await(deadline time.Time) (frame, error) {
+func (a *attempt) await(deadline time.Time) (*frame, error) {
 	for {
 		until := time.Now().Add(pollInterval)
 		if !deadline.IsZero() && until.After(deadline) {
@@ -383,7 +383,7 @@ func (a *attempt) saidBye() bool {
 	return true
 }
 
-func (a *attempt) unexpected(f frame) error {
+func (a *attempt) unexpected(f *frame) error {
 	if f.kind == frameFail {
 		return failReason(f)
 	}

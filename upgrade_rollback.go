@@ -183,7 +183,7 @@ type successorError struct {
 
 func (e *successorError) Error() string { return "it says: " + e.reason }
 
-func failReason(f frame) error {
+func failReason(f *frame) error {
 	return &successorError{f.first("reason"), f.first("inuse") == "1", f.first("network"), f.first("address")}
 }
 

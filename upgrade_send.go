@@ -23,7 +23,9 @@ func (a *attempt) startChild(cmd *Command) error {
 	if a.s, err = newStream(fds[0]); err != nil {
 		return err
 	}
-	if err := a.fill(); err != nil {
+	var network uint64
+	_ = a.s.raw.Control(func(fd uintptr) { network = networkOfSocket(int(fd)) }) // it was made here
+	if err := a.fill(network); err != nil {
 		return err
 	}
 	u := a.u
@@ -49,15 +51,18 @@ func (a *attempt) admit() error {
 	if a.s.atEnd() { // if not, the process that was found is the one at the other end
 		return io.ErrUnexpectedEOF
 	}
-	return a.gone(a.fill())
+	var own spare // the connection is of the network namespace of the process that has made it
+	defer own.close()
+	return a.gone(a.fill(own.open()))
 }
 
-// fill begins the conversation, as far as the system's buffer goes.
-func (a *attempt) fill() error {
+// fill begins the conversation, as far as the system's buffer goes. It tells the
+// successor the number of this process's network namespace.
+func (a *attempt) fill(network uint64) error {
 	u := a.u
 	_ = a.s.raw.Control(func(fd uintptr) { keepReserve(int(fd)); wantSender(int(fd)) })
 	hello := record{"version=" + protocolVersion, "generation=" + strconv.Itoa(u.generation), "pid=" + strconv.Itoa(os.Getpid()),
-		"network=" + strconv.FormatUint(ownNetwork(), 10), "unit=" + u.opts.Unit}
+		"network=" + strconv.FormatUint(network, 10), "unit=" + u.opts.Unit}
 	for _, unit := range u.retired {
 		hello = append(hello, "retired="+unit)
 	}
