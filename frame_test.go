@@ -676,6 +676,109 @@ func TestSmallBatches(t *testing.T) {
 	}
 }
 
+// A socket that the program closes while it is sent arrives as what is said of
+// it, or not at all: never as another one that has got its number.
+func TestClosedWhileSent(t *testing.T) {
+	for _, kind := range []string{kindListener, kindPacket} {
+		t.Run(kind, func(t *testing.T) {
+			for range 50 {
+				closeWhileSent(t, kind)
+			}
+		})
+	}
+}
+
+func closeWhileSent(t *testing.T, kind string) {
+	near, far := pairOf(t, unix.SOCK_STREAM)
+	s, err := streamOn(near)
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer, err := streamOn(far)
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer.inherits = true
+	u := &Upgrader{}
+	a := &attempt{u: u, s: s, child: &child{}}
+	var sockets []io.Closer
+	for range 40 {
+		network, open := "tcp", newListener
+		if kind == kindPacket {
+			network, open = "udp", newPacketConn
+		}
+		b, err := resolve(network, "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		e, err := b.open(kind, ListenConfig{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := u.register(&socketRequest{askedAddr: askedAddr{network, "127.0.0.1:0"}}, open, e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch c := c.(type) {
+		case *listener:
+			sockets = append(sockets, c)
+		case *packetConn:
+			sockets = append(sockets, c.c) // which is embedded in what the program has
+		}
+		e.state = inTransit
+		a.rest = append(a.rest, e)
+	}
+	u.withdraw(a.rest[len(a.rest)-1]) // and its Close has not closed it yet
+	withdrawn := a.rest[len(a.rest)-1].boundKey
+	closing, closed := make(chan bool), make(chan error, 1)
+	go func() {
+		var others []int
+		close(closing)
+		for _, c := range sockets {
+			if err := c.Close(); err != nil {
+				closed <- err
+				return
+			}
+			fd, err := newSocket(syscall.AF_UNIX, syscall.SOCK_DGRAM) // gets the number
+			if err != nil {
+				closed <- err
+				return
+			}
+			others = append(others, fd)
+		}
+		closeAll(others)
+		closed <- nil
+	}()
+	<-closing
+	if err := a.fill(0); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		f, err := peer.read(time.Now().Add(20 * time.Second))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f.kind == frameEnd {
+			break
+		}
+		for i, fd := range f.fds {
+			sa, err := syscall.Getsockname(fd)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if at, want := boundKey(socketTypeOf(fd), sa, false), f.records[i].get("at"); at != want {
+				t.Errorf("a socket at %q comes; want %q", at, want)
+			} else if at == withdrawn {
+				t.Errorf("a socket at %q comes, which was withdrawn", at)
+			}
+		}
+		closeAll(f.fds)
+	}
+	if err := <-closed; err != nil {
+		t.Fatal(err)
+	}
+}
+
 // WriteFiles states how many descriptors the system takes, and keeps to it.
 func TestWriteFilesLimit(t *testing.T) {
 	become(t, &maxBatchFDs, 40)

@@ -97,36 +97,45 @@ func (a *attempt) sendMore() error {
 }
 
 // sendBatch sends the next entries, at most maxBatchFDs, and returns how many
-// of the list they were. It sends within the calls of Control by which it gets
-// the descriptors, so that none can be closed meanwhile, and its number used
-// again.
+// of the list they were. None of the descriptors can be closed meanwhile, and
+// its number used again: Close of a listener withdraws it first, which waits for
+// Upgrader.mu, and a socket for packets, which its embedded connection can
+// close, is sent within a call of its Control.
 func (a *attempt) sendBatch(list []*entry) (n int, err error) {
+	a.u.mu.Lock()
+	defer a.u.mu.Unlock()
 	b := newFrame(frameSockets)
 	var fds []int
 	var step func() error
 	step = func() error {
-		if n == len(list) || len(fds) == maxBatchFDs || len(b) >= maxBatch {
-			if len(fds) == 0 {
-				return nil
+		for n < len(list) && len(fds) < maxBatchFDs && len(b) < maxBatch {
+			e := list[n]
+			n++
+			if e.state == closedInTransit {
+				continue
 			}
-			err := a.s.sendFrame(endFrame(b), fds)
-			if err == nil {
-				a.sent++
+			_, isListener := e.sock.(*listener)
+			within := e.sock != nil && !isListener
+			var serr error
+			cerr := e.control(func(fd uintptr) {
+				b = e.appendTo(b)
+				fds = append(fds, int(fd))
+				if within {
+					serr = step()
+				}
+			})
+			if within && cerr == nil {
+				return serr
 			}
-			return err
 		}
-		e := list[n]
-		n++
-		var serr error
-		cerr := e.control(func(fd uintptr) {
-			b = e.appendTo(b)
-			fds = append(fds, int(fd))
-			serr = step()
-		})
-		if cerr != nil { // closed by the caller
-			return step()
+		if len(fds) == 0 {
+			return nil
 		}
-		return serr
+		err := a.s.sendFrame(endFrame(b), fds)
+		if err == nil {
+			a.sent++
+		}
+		return err
 	}
 	err = step()
 	return n, err

@@ -68,13 +68,12 @@ func (r *Result) tables() []*table {
 	upgrade.add("listeners", "upgrade", "fork and exec", "ratio", "net's listeners", "floor", "upgrade/floor", "nobody accepts", "pairs")
 	each := &table{name: "listener"}
 	each.add("listeners", "each further one", "net alone", "ratio")
-	for i, u := range r.Upgrades {
+	for _, u := range r.Upgrades {
 		upgrade.add(fmt.Sprint(u.Listeners), micros(u.Took), micros(u.ForkExec), ratio(u.Ratio), micros(u.Net), micros(u.Floor()),
 			ratio(u.Took/u.Floor()), micros(u.Silent), fmt.Sprint(u.Pairs))
-		if i > 0 {
-			further := (u.Took - r.Upgrades[0].Took) / float64(u.Listeners-r.Upgrades[0].Listeners)
+		if u.Listeners > 1 {
 			alone := u.Net / float64(u.Listeners)
-			each.add(fmt.Sprint(u.Listeners), micros(further), micros(alone), ratio(further/alone))
+			each.add(fmt.Sprint(u.Listeners), micros(u.Further), micros(alone), ratio(u.Further/alone))
 		}
 	}
 	stage := &table{name: "stage"}

@@ -38,7 +38,7 @@ type generation struct {
 
 // startChain runs the first generation.
 func startChain(ctx context.Context, program string, listeners int) (*chain, *generation, error) {
-	hub, err := net.Listen("unix", filepath.Join(filepath.Dir(program), "hub"))
+	hub, err := net.Listen("unix", filepath.Join(filepath.Dir(program), fmt.Sprint("hub", listeners)))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -120,6 +120,7 @@ type Upgrade struct {
 	Took, ForkExec float64
 	Ratio          float64 // median of the pairs' ratios
 	Net            float64 // net alone, for all listeners
+	Further        float64 // what each listener after the first adds, to an upgrade with one that was made at the same time
 	Silent         float64 // nobody accepts
 	Stages         [len(stages)]float64
 }
@@ -138,68 +139,106 @@ func (u Upgrade) Floor() float64 { return u.ForkExec + u.Net }
 
 // measureUpgrade measures pairs. In each, one generation forks and execs the
 // program, and the next is upgraded: both do it for the first time, when code
-// and heap are not in the cache yet.
+// and heap are not in the cache yet. A daemon with one listener is upgraded in
+// turn with one that has more.
 func measureUpgrade(ctx context.Context, program string, listeners, pairs int) (u Upgrade, err error) {
-	c, g, err := startChain(ctx, program, listeners)
+	m, err := startMeasured(ctx, program, listeners)
 	if err != nil {
 		return u, err
 	}
-	defer func() { err = errors.Join(err, c.end(g)) }()
-	var took, forkExec, ratios, alone, silent []float64
+	defer func() { err = errors.Join(err, m.end()) }()
+	var one *measured
+	if listeners > 1 {
+		if one, err = startMeasured(ctx, program, 1); err != nil {
+			return u, err
+		}
+		defer func() { err = errors.Join(err, one.end()) }()
+	}
+	var took, forkExec, ratios, further, alone, silent []float64
 	var times [len(stages)][]float64
-	var d, quiet, began int64
-	upgrade := func() error {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if err := g.order('u', &d, &quiet, &began); err != nil {
-			return err
-		}
-		s, err := c.next()
-		if err != nil {
-			return err
-		}
-		old := g
-		g = s
-		defer old.c.Close()
-		if listeners > 1 {
-			var n int64
-			if err := old.order('n', &n); err != nil {
-				return err
-			}
-			alone = append(alone, float64(n))
-		}
-		return nil
-	}
-	if err := upgrade(); err != nil { // the first generation has inherited nothing
-		return u, err
-	}
 	for range pairs {
 		var bare int64
-		if err := g.order('x', &bare); err != nil {
+		if err := m.g.order('x', &bare); err != nil {
 			return u, err
 		}
-		if err := upgrade(); err != nil {
+		if err := m.upgrade(); err != nil { // its second start of a process
 			return u, err
 		}
-		if err := upgrade(); err != nil {
+		if err := m.upgrade(); err != nil {
 			return u, err
 		}
-		took, forkExec = append(took, float64(d)), append(forkExec, float64(bare))
-		ratios = append(ratios, float64(d)/float64(bare))
-		silent = append(silent, float64(g.open-quiet))
-		moments := [...]int64{began, g.started, g.inherited, g.listening, quiet, began + d}
+		took, forkExec = append(took, float64(m.took)), append(forkExec, float64(bare))
+		ratios = append(ratios, float64(m.took)/float64(bare))
+		silent = append(silent, float64(m.g.open-m.quiet))
+		moments := [...]int64{m.began, m.g.started, m.g.inherited, m.g.listening, m.quiet, m.began + m.took}
 		for i := range stages {
 			times[i] = append(times[i], float64(moments[i+1]-moments[i]))
 		}
+		if one == nil {
+			continue
+		}
+		alone = append(alone, float64(m.alone))
+		if err := one.upgrade(); err != nil {
+			return u, err
+		}
+		further = append(further, float64(m.took-one.took)/float64(listeners-1))
 	}
 	u = Upgrade{Listeners: listeners, Pairs: pairs, Took: median(took), ForkExec: median(forkExec), Ratio: median(ratios),
-		Net: median(alone), Silent: median(silent)}
+		Net: median(alone), Further: median(further), Silent: median(silent)}
 	for i := range stages {
 		u.Stages[i] = median(times[i])
 	}
 	return u, nil
 }
+
+// A measured chain is upgraded again and again.
+type measured struct {
+	ctx       context.Context
+	c         *chain
+	g         *generation // the youngest
+	listeners int
+
+	// Of the last upgrade.
+	began, quiet int64 // moments, in nanoseconds
+	took         int64
+	alone        int64 // what net took for as many listeners, in the replaced generation
+}
+
+// startMeasured starts a chain and upgrades it once, because its first
+// generation has inherited nothing.
+func startMeasured(ctx context.Context, program string, listeners int) (*measured, error) {
+	c, g, err := startChain(ctx, program, listeners)
+	if err != nil {
+		return nil, err
+	}
+	m := &measured{ctx: ctx, c: c, g: g, listeners: listeners}
+	if err := m.upgrade(); err != nil {
+		return nil, errors.Join(err, m.end())
+	}
+	return m, nil
+}
+
+func (m *measured) upgrade() error {
+	if err := m.ctx.Err(); err != nil {
+		return err
+	}
+	if err := m.g.order('u', &m.took, &m.quiet, &m.began); err != nil {
+		return err
+	}
+	s, err := m.c.next()
+	if err != nil {
+		return err
+	}
+	old := m.g
+	m.g = s
+	defer old.c.Close()
+	if m.listeners > 1 {
+		return old.order('n', &m.alone)
+	}
+	return nil
+}
+
+func (m *measured) end() error { return m.c.end(m.g) }
 
 // A Call is a call beside that of package net, in nanoseconds.
 type Call struct {
