@@ -129,7 +129,7 @@ func (s *stream) next() (*frame, error) {
 			return nil, err
 		}
 		if n > 0 {
-			s.in = s.in[n:]
+			s.in = s.in[:copy(s.in, s.in[n:])] // what comes next finds room there
 			return f, nil
 		}
 		if s.end != nil {

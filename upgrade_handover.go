@@ -52,7 +52,9 @@ func (a *attempt) handOver() error {
 		return a.unexpected(f)
 	}
 	for _, e := range a.handed {
-		e.pause()
+		if e.acceptsUntilDone {
+			e.pause()
+		}
 	}
 	return nil
 }
