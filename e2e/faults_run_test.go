@@ -281,7 +281,7 @@ func (x *faultRun) reach() {
 	case inTransfer:
 		if x.c.mode == takeover {
 			x.p.At(proctest.AtPrepare)
-			x.halt(x.s)
+			x.s.Halt()
 			x.p.Resume()
 		} else {
 			x.s.At(proctest.AtStart)
@@ -344,21 +344,10 @@ func (x *faultRun) signal(p *proctest.Proc, s syscall.Signal) {
 	}
 }
 
-// halt stops a process by SIGSTOP and returns when it stands still.
-func (x *faultRun) halt(p *proctest.Proc) {
-	x.Helper()
-	x.signal(p, syscall.SIGSTOP)
-	for end := time.Now().Add(proctest.Patience); proctest.State(x, p.Process.Pid) != "T"; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			x.Fatalf("process %d is in state %q", p.PID, proctest.State(x, p.Process.Pid))
-		}
-	}
-}
-
 // pause halts a process for some time, while the other one goes on.
 func (x *faultRun) pause(p *proctest.Proc, d time.Duration) {
 	x.Helper()
-	x.halt(p)
+	p.Halt()
 	if !x.c.ofHalted() || p == x.p {
 		x.release()
 	}

@@ -373,7 +373,7 @@ var faults = slices.Concat([]*fault{
 			}
 		},
 		strike: func(x *faultRun) {
-			x.halt(x.s)
+			x.s.Halt()
 			if !x.c.ofHalted() {
 				x.release()
 			}

@@ -148,7 +148,7 @@ func TestProbationStoppedOnBothSides(t *testing.T) {
 	s := a.Successor()
 	s.At(proctest.On(ecdysis.EventReady)) // COMMIT has come
 	p.Stop()
-	p.Signal(syscall.SIGSTOP)
+	p.Halt()
 	s.Resume()
 	s.At(proctest.AtServing)
 	s.Stop()
@@ -166,7 +166,7 @@ func TestProbationPaused(t *testing.T) {
 	a := p.BeginUpgrade()
 	s := a.Successor()
 	s.At(proctest.AtServing)
-	s.Signal(syscall.SIGSTOP)
+	s.Halt()
 	err := a.Err()
 	s.Signal(syscall.SIGCONT)
 	if err != nil {

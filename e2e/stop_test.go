@@ -456,7 +456,7 @@ func TestStoppedWhilePredecessorIsPaused(t *testing.T) {
 	a := p.BeginUpgrade()
 	s := a.Successor()
 	s.At(proctest.AtServing)
-	p.Signal(syscall.SIGSTOP)
+	p.Halt()
 	s.Stop()
 	s.Exit(0)
 	p.Signal(syscall.SIGCONT)

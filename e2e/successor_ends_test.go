@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -226,6 +227,29 @@ func TestGarbage(t *testing.T) {
 		})
 	}
 }
+
+// A successor that has sent DONE and ends the conversation, but not itself, has
+// not heard that it is the service: the predecessor ends it and resumes.
+func TestStreamEndsBeforeFinal(t *testing.T) {
+	t.Parallel()
+	v := survive(proctest.New(t, proctest.TCP, proctest.TCP.Hold(proctest.AtStart)))
+	a := v.BeginUpgrade(proctest.Successor{Role: proctest.Raw})
+	s := a.Successor()
+	s.At(proctest.AtStart)
+	s.RawReadUntil('E')
+	rawWrite(s, 'R', proctest.Record{fmt.Sprint("pid=", s.PID)})
+	s.RawReadUntil('C')
+	v.Halt() // it has sent COMMIT, and finds the end of the stream with DONE
+	rawWrite(s, 'D')
+	closeStream.On(s, proctest.None{})
+	v.Signal(syscall.SIGCONT)
+	v.fails(a, failure{step: ecdysis.StepProbation, is: io.ErrUnexpectedEOF, how: "signal: killed"})
+	v.survived(proctest.TCP)
+}
+
+var closeStream = proctest.Define("close stream", func(d *proctest.Daemon, _ proctest.None) (proctest.None, error) {
+	return proctest.None{}, d.Stream.Close()
+})
 
 // A READY that names another process does not make the predecessor end that
 // process, be it the predecessor itself or a bystander.

@@ -295,12 +295,7 @@ func TestTakerDuringUpgrade(t *testing.T) {
 	l.Check() // the predecessor has answered all that it has accepted
 	l = p.Load(1)
 	// From now on nobody but the successor accepts.
-	p.Signal(syscall.SIGSTOP)
-	for end := time.Now().Add(proctest.Patience); proctest.State(t, p.PID) != "T"; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("process %d is in state %q", p.PID, proctest.State(t, p.PID))
-		}
-	}
+	p.Halt()
 	turnedAway(c, nil, "refuses", ecdysis.ErrInProgress.Error())
 	takeoverFailed(s, 0, "", ecdysis.ErrInProgress.Error())
 	s.Serves()

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -461,6 +462,18 @@ func (p *Proc) Signal(s os.Signal) {
 	p.T.Helper()
 	if err := p.Process.Signal(s); err != nil {
 		p.T.Fatalf("process %d: %v", p.PID, err)
+	}
+}
+
+// Halt stops p by SIGSTOP and returns when each of its threads stands still.
+// SIGCONT lets p go on.
+func (p *Proc) Halt() {
+	p.T.Helper()
+	p.Signal(syscall.SIGSTOP)
+	for end := time.Now().Add(Patience); !standsStill(p.Process.Pid); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			p.T.Fatalf("process %d goes on in spite of SIGSTOP", p.PID)
+		}
 	}
 }
 

@@ -18,10 +18,9 @@ type process struct {
 	threads     int    // 1 if the system does not tell; other threads of a zombie may still run
 }
 
-// State is the state of a process as ps(1) shows it, such as "S" or "Z", or ""
+// stateOf returns the state of a process as ps(1) shows it, such as "S" or "Z", or ""
 // if there is none with this ID.
-func State(t testing.TB, pid int) string {
-	t.Helper()
+func stateOf(pid int) string {
 	p, _ := look(pid)
 	return p.state
 }
@@ -66,7 +65,7 @@ func OpenFDs() []string { return openFDs() }
 // Reaped fails the test unless p has ended and was reaped.
 func (p *Proc) Reaped() {
 	p.T.Helper()
-	if s := State(p.T, p.Process.Pid); s != "" {
+	if s := stateOf(p.Process.Pid); s != "" {
 		p.T.Fatalf("process %d is there still, in state %s", p.PID, s)
 	}
 }
@@ -94,7 +93,7 @@ func (p *Proc) until(what string, f func() bool) {
 	p.T.Helper()
 	for end := time.Now().Add(Patience); !f(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			p.T.Fatalf("process %d is in state %q; want it %s", p.PID, State(p.T, p.Process.Pid), what)
+			p.T.Fatalf("process %d is in state %q; want it %s", p.PID, stateOf(p.Process.Pid), what)
 		}
 	}
 }

@@ -20,6 +20,12 @@ func look(pid int) (process, bool) {
 	return list[0], true
 }
 
+// standsStill reports whether a process is stopped.
+func standsStill(pid int) bool {
+	p, ok := look(pid)
+	return ok && p.state == "T"
+}
+
 // processes lists all processes.
 func processes() ([]process, error) { return ps("-ax") }
 

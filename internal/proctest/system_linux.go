@@ -22,6 +22,18 @@ func look(pid int) (process, bool) {
 	return process{pid: pid, parent: parent, state: f[0], threads: len(threads)}, true
 }
 
+// standsStill reports whether every thread of a process is stopped.
+func standsStill(pid int) bool {
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	for _, name := range threads {
+		b, rerr := os.ReadFile(name)
+		if rerr != nil || !strings.HasPrefix(string(b[bytes.LastIndexByte(b, ')')+1:]), " T ") {
+			return false
+		}
+	}
+	return err == nil && len(threads) > 0
+}
+
 // processes lists all processes.
 func processes() (list []process, err error) {
 	dirs, err := filepath.Glob("/proc/[0-9]*")
