@@ -346,8 +346,9 @@ func TestHTTP2Between(t *testing.T) {
 			result <- s.d.Shutdown(ctx)
 		}()
 		f.until(1)
-		if len(f.last) != 1 || got.String() != half+half {
-			t.Errorf("GOAWAY %d before the end of %d bytes; want one and %d", f.last, got.Len(), 2*len(half))
+		// A slow machine takes more than the second after which the last one comes.
+		if len(f.last) == 0 || got.String() != half+half {
+			t.Errorf("GOAWAY %d before the end of %d bytes; want one or two and %d", f.last, got.Len(), 2*len(half))
 		}
 		f.until(0)
 		f.wantLast(1)

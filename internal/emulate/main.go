@@ -111,7 +111,7 @@ func test(path string, arguments []string) {
 				o.line(lines.Text())
 			}
 		}()
-		err = cmd.Wait()
+		err = reapUntil(cmd.Process.Pid)
 		r.SetReadDeadline(time.Now().Add(10 * time.Second))
 		<-read
 	}
@@ -121,6 +121,29 @@ func test(path string, arguments []string) {
 	}
 	fmt.Printf("emulate: %s: %s, %d passed, %d skipped, %d failed (%.0fs)\n", name, result,
 		o.counts["PASS"], o.counts["SKIP"], o.counts["FAIL"], time.Since(began).Seconds())
+}
+
+// reapUntil returns when this child has ended, with an error if it has failed.
+// Meanwhile it reaps the processes that have lost their parents, and tells of
+// those that have crashed, because nobody else sees that.
+func reapUntil(child int) error {
+	for {
+		var status unix.WaitStatus
+		pid, err := unix.Wait4(-1, &status, 0, nil)
+		switch {
+		case err == unix.EINTR:
+		case err != nil:
+			return os.NewSyscallError("wait4", err)
+		case pid == child && status.Signaled():
+			return fmt.Errorf("signal: %v", status.Signal())
+		case pid == child && status.ExitStatus() != 0:
+			return fmt.Errorf("exit status %d", status.ExitStatus())
+		case pid == child:
+			return nil
+		case status.Signaled() && status.Signal() != unix.SIGKILL: // by which tests end what they leave behind
+			fmt.Printf("emulate: process %d, an orphan: signal: %v\n", pid, status.Signal())
+		}
+	}
 }
 
 // An output is that of a test program with -test.v.
