@@ -63,7 +63,7 @@ func TestStandardDescriptorsClosed(t *testing.T) {
 			// A script sees what it got before Go's runtime has begun, which
 			// opens /dev/null itself.
 			got := p.Chain.Path("got")
-			s := p.Upgrade(wrapper(t, "got=$(readlink /proc/$$/fd/0 /proc/$$/fd/1 /proc/$$/fd/2)\n"+
+			s := p.Upgrade(wrapper(t, "got=$(for fd in 0 1 2; do readlink /proc/$$/fd/$fd; done)\n"+
 				"echo \"$got\" > "+quoted(got)+"\n"+becomeSelf(t)))
 			if b, err := os.ReadFile(got); err != nil || string(b) != strings.Repeat("/dev/null\n", 3) {
 				t.Errorf("the successor's standard descriptors: %q, %v; want /dev/null", b, err)

@@ -212,9 +212,10 @@ func sendingState(spec proctest.Spec, s sending) proctest.Spec {
 // after New. Its first process serves.
 func sendsAndHolds(t *testing.T, s sending) *proctest.Proc {
 	t.Helper()
-	first := sendingState(proctest.Holding, s)
+	next := sendingState(proctest.Holding.UpgradeTimeout(2*proctest.Patience), s) // a read for each byte takes long
+	first := sendingState(proctest.Holding.UpgradeTimeout(2*proctest.Patience), s)
 	first.Plan[proctest.AtNew] = nil
-	return proctest.Start(t, first, sendingState(proctest.Holding, s))
+	return proctest.Start(t, first, next)
 }
 
 // hasNoState fails the test if p has a descriptor of a state.

@@ -772,7 +772,7 @@ func TestMainSpeaks(t *testing.T) {
 	conf := filepath.Join(t.TempDir(), "conf")
 	configure := func(lines ...string) {
 		t.Helper()
-		lines = append(lines, "listen=web tcp 127.0.0.1:0", "status=serving as", "store=yes", "timeout=3s")
+		lines = append(lines, "listen=web tcp 127.0.0.1:0", "status=serving as", "store=yes", fmt.Sprint("timeout=", patience/10))
 		err := os.WriteFile(conf+".new", []byte(strings.Join(lines, "\n")+"\n"), 0o644)
 		if err := errors.Join(err, os.Rename(conf+".new", conf)); err != nil {
 			t.Fatal(err)
