@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -61,7 +62,7 @@ func TestErrorfCalls(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(files) == 0 {
+	if !slices.Contains(files, "errorf.go") {
 		t.Skip("the source is not here: the test's binary runs alone, in an emulated machine for example")
 	}
 	verbs := regexp.MustCompile(`%.`)
