@@ -614,16 +614,7 @@ func on(t *testing.T, c syscall.Conn, f func(fd int)) {
 func TestSmallBatches(t *testing.T) {
 	become(t, &maxBatchFDs, 3)
 	become(t, &dropsDescriptors, true)
-	near, far := pairOf(t, unix.SOCK_STREAM)
-	s, err := streamOn(near)
-	if err != nil {
-		t.Fatal(err)
-	}
-	peer, err := streamOn(far)
-	if err != nil {
-		t.Fatal(err)
-	}
-	peer.inherits = true
+	s, peer := streamPair(t)
 	a := &attempt{u: &Upgrader{}, s: s, child: &child{}}
 	const n = 10
 	for i := range n {
@@ -676,6 +667,21 @@ func TestSmallBatches(t *testing.T) {
 	}
 }
 
+// streamPair returns a predecessor's end of a stream and its successor's.
+func streamPair(t *testing.T) (s, peer *stream) {
+	t.Helper()
+	near, far := pairOf(t, unix.SOCK_STREAM)
+	s, err := streamOn(near)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if peer, err = streamOn(far); err != nil {
+		t.Fatal(err)
+	}
+	peer.inherits = true
+	return s, peer
+}
+
 // A socket that the program closes while it is sent arrives as what is said of
 // it, or not at all: never as another one that has got its number.
 func TestClosedWhileSent(t *testing.T) {
@@ -689,16 +695,7 @@ func TestClosedWhileSent(t *testing.T) {
 }
 
 func closeWhileSent(t *testing.T, kind string) {
-	near, far := pairOf(t, unix.SOCK_STREAM)
-	s, err := streamOn(near)
-	if err != nil {
-		t.Fatal(err)
-	}
-	peer, err := streamOn(far)
-	if err != nil {
-		t.Fatal(err)
-	}
-	peer.inherits = true
+	s, peer := streamPair(t)
 	u := &Upgrader{}
 	a := &attempt{u: u, s: s, child: &child{}}
 	var sockets []io.Closer

@@ -303,7 +303,7 @@ type socketRequest struct {
 	lc ListenConfig
 }
 
-// failed is the error of a call.
+// failed returns the error of a call that asks for this and has failed.
 func (asked *socketRequest) failed(a net.Addr, err error) error {
 	return errorf("ecdysis: %w", &net.OpError{Op: "listen", Net: asked.network, Addr: a, Err: err})
 }

@@ -256,7 +256,8 @@ func (s *stream) read(deadline time.Time) (*frame, error) {
 }
 
 // await returns when input may have come, and sends the rest of a frame
-// meanwhile. s.turn is held.
+// meanwhile. It returns os.ErrDeadlineExceeded if the deadline had passed
+// before. s.turn is held.
 func (s *stream) await(deadline time.Time) error {
 	if !deadline.IsZero() && !time.Now().Before(deadline) {
 		return os.ErrDeadlineExceeded
