@@ -524,7 +524,8 @@ func TestPacketQuiet(t *testing.T) {
 		for range methods {
 			plain = plain.And(network, address())
 		}
-		p := proctest.Start(t, plain.At(proctest.On(ecdysis.EventHandover), proctest.Once(proctest.Hold)), plain)
+		handover := proctest.On(ecdysis.EventHandover)
+		p := proctest.Start(t, plain.Hold(handover), plain)
 		var clients []packetClient
 		for i := range methods {
 			client := sock(p, i).dial()
@@ -532,14 +533,15 @@ func TestPacketQuiet(t *testing.T) {
 			client.says("hello")
 			sock(p, i).begins("ReadFrom", "returned") // learns whom to answer
 			sock(p, i).has("ReadFrom", "hello", client)
-			if i%2 == 0 {
-				sock(p, i).begins(methods[i], "reads")
-			}
 		}
-		a := p.BeginUpgrade()
-		s := a.Successor()
-		p.At(proctest.On(ecdysis.EventHandover))
+		// An upgrade for each method, because the hook has five seconds.
 		for i, method := range methods {
+			if i%2 == 0 {
+				sock(p, i).begins(method, "reads")
+			}
+			a := p.BeginUpgrade()
+			s := a.Successor()
+			p.AtAgain(handover, i)
 			if i%2 == 0 { // in flight since before
 				sock(p, i).comesTo(method, "waits")
 				clients[i].says(method)
@@ -551,19 +553,19 @@ func TestPacketQuiet(t *testing.T) {
 			clients[i].hears("while quiet")
 			sock(p, i).comesTo(method, "waits")
 			sock(p, i).holds(method)
-		}
-		s.Kill()
-		p.Resume()
-		a.Fails(ecdysis.StepHandover, io.ErrUnexpectedEOF)
-		for i, method := range methods {
+			s.Kill()
+			p.Resume()
+			a.Fails(ecdysis.StepHandover, io.ErrUnexpectedEOF)
 			sock(p, i).has(method, method, clients[i])
 		}
 
 		// The predecessor is past COMMIT, and the successor does not serve yet.
 		p.Chain.Specs(plain.Hold(proctest.On(ecdysis.EventReady)))
 		sock(p, 0).begins("ReadFrom", "reads")
-		a = p.BeginUpgrade()
-		s = a.Successor()
+		a := p.BeginUpgrade()
+		s := a.Successor()
+		p.AtAgain(handover, len(methods))
+		p.Resume()
 		s.At(proctest.On(ecdysis.EventReady))
 		sock(s, 0).begins("ReadFrom", "waits")
 		sock(p, 0).comesTo("ReadFrom", "waits")
