@@ -23,11 +23,31 @@ type Chain struct {
 	hub    net.Listener
 	stderr *os.File // has no name; the processes share its offset
 
-	mu      sync.Mutex
-	specs   []Spec
-	all     []*Proc
-	queue   []*Proc       // processes that the test has not asked for yet
-	changed chan struct{} // closed, and replaced, when a process joins the queue
+	mu       sync.Mutex
+	specs    []Spec
+	all      []*Proc
+	launched []launched
+	queue    []*Proc       // processes that the test has not asked for yet
+	changed  chan struct{} // closed, and replaced, when a process joins the queue
+}
+
+// launched is a process that the test itself has started.
+type launched struct {
+	cmd    *exec.Cmd
+	waited chan struct{} // closed when cmd.Wait has returned
+}
+
+// logEnds tells how the processes have ended that live no more, because one
+// that is killed tells nobody.
+func logEnds(t testing.TB, list []launched) {
+	t.Helper()
+	for _, l := range list {
+		select {
+		case <-l.waited:
+			t.Logf("process %d: %v", l.cmd.Process.Pid, l.cmd.ProcessState)
+		default:
+		}
+	}
 }
 
 // ShortDir is a t.TempDir whose path leaves room for the names of sockets.
@@ -71,8 +91,11 @@ func New(t testing.TB, specs ...Spec) *Chain {
 	t.Cleanup(func() {
 		c.hub.Close()
 		c.mu.Lock()
-		all := slices.Clone(c.all)
+		all, launched := slices.Clone(c.all), slices.Clone(c.launched)
 		c.mu.Unlock()
+		if t.Failed() {
+			logEnds(t, launched) // before the rest is killed
+		}
 		for _, p := range all {
 			_ = p.Process.Kill()
 			p.conn.Close()
@@ -136,6 +159,9 @@ func (c *Chain) Launch(edit ...func(*exec.Cmd)) *Proc {
 	}
 	waited := make(chan struct{})
 	go func() { _ = cmd.Wait(); close(waited) }()
+	c.mu.Lock()
+	c.launched = append(c.launched, launched{cmd, waited})
+	c.mu.Unlock()
 	c.T.Cleanup(func() { _ = cmd.Process.Kill() })
 	p := c.Next()
 	p.cmd, p.waited = cmd, waited
