@@ -588,7 +588,7 @@ func TestTakeoverFromOthers(t *testing.T) {
 			t.Parallel()
 			spec := taking().UpgradeTimeout(proctest.Patience)
 			if o.is == os.ErrDeadlineExceeded {
-				spec = spec.UpgradeTimeout(50 * time.Millisecond)
+				spec = spec.UpgradeTimeout(proctest.Patience / 100)
 			}
 			c := proctest.New(t, newTwice(spec))
 			ln := listenTake(c)
