@@ -209,6 +209,22 @@ func (u *Upgrader) notifyWithin(e *Event, mustEnd func() bool) error {
 		u.opts.Notify(*e)
 		returned = true
 	}()
+	ended := func(returned bool) error {
+		if returned {
+			return nil
+		}
+		if reason != nil {
+			panic(reason)
+		}
+		runtime.Goexit() // as the hook has done
+		return nil
+	}
+	runtime.Gosched() // most hooks return at once, and then no timer has to wake the poller
+	select {
+	case returned := <-done:
+		return ended(returned)
+	default:
+	}
 	limit := time.NewTimer(hookTimeout)
 	defer limit.Stop()
 	look := time.NewTicker(pollInterval)
@@ -216,13 +232,7 @@ func (u *Upgrader) notifyWithin(e *Event, mustEnd func() bool) error {
 	for {
 		select {
 		case returned := <-done:
-			if returned {
-				return nil
-			}
-			if reason != nil {
-				panic(reason)
-			}
-			runtime.Goexit() // as the hook has done
+			return ended(returned)
 		case <-look.C:
 			if mustEnd() {
 				left.Store(true)

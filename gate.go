@@ -81,6 +81,7 @@ func (g *gate) interrupted(epoch uint64, err error) bool {
 // returns an error if the socket was closed or the caller's deadline has passed.
 // A change of the gate's state wakes it.
 func (g *gate) sleep(epoch uint64, limit time.Duration) error {
+	const forever = 1<<63 - 1
 	var timer *time.Timer
 	for start := time.Now(); ; {
 		g.mu.Lock()
@@ -102,7 +103,7 @@ func (g *gate) sleep(epoch uint64, limit time.Duration) error {
 		if !deadline.IsZero() && !now.Before(deadline) {
 			return os.ErrDeadlineExceeded
 		}
-		wait := time.Duration(1<<63 - 1)
+		wait := time.Duration(forever)
 		if limit > 0 {
 			if wait = limit - now.Sub(start); wait <= 0 {
 				return nil
@@ -111,15 +112,19 @@ func (g *gate) sleep(epoch uint64, limit time.Duration) error {
 		if !deadline.IsZero() {
 			wait = min(wait, deadline.Sub(now))
 		}
-		if timer == nil {
-			timer = time.NewTimer(wait)
-			defer timer.Stop()
-		} else {
-			timer.Reset(wait)
+		var over <-chan time.Time
+		if wait < forever { // a timer wakes the poller, and a handover should not have to wait for that
+			if timer == nil {
+				timer = time.NewTimer(wait)
+				defer timer.Stop()
+			} else {
+				timer.Reset(wait)
+			}
+			over = timer.C
 		}
 		select {
 		case <-changed:
-		case <-timer.C:
+		case <-over:
 		}
 	}
 }

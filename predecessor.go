@@ -149,6 +149,7 @@ func (p *predecessor) awaitCommit(unclaimed record, mustStop func() bool) (orpha
 	if err := p.s.send(frameReady, r...); err != nil && err != io.EOF {
 		return false, errorf("ecdysis: ready: %w", err)
 	}
+	p.s.waitShortly()
 	for {
 		f, err := p.s.read(time.Now().Add(pollInterval))
 		switch {

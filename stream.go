@@ -11,6 +11,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The connection between two generations: frames in both directions, and
@@ -235,6 +237,18 @@ func (s *stream) waitInput() error {
 		s.rmu.Lock()
 		defer s.rmu.Unlock()
 		return s.fill(int(fd))
+	})
+}
+
+// waitShortly waits in poll(2) until input has come, for a few milliseconds at
+// most. It is for the moment of a handover, in which the other process answers
+// at once: this thread then goes on sooner than a goroutine, which the thread in
+// the poller has to wake. Only input wakes it.
+func (s *stream) waitShortly() {
+	const milliseconds = 5
+	// What goes wrong here goes wrong again in read, which follows.
+	_ = s.raw.Control(func(fd uintptr) {
+		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, milliseconds)
 	})
 }
 

@@ -39,6 +39,7 @@ func (a *attempt) handOver() error {
 	if err := a.s.send(frameCommit, "probation="+probation); err != nil {
 		return a.gone(err)
 	}
+	a.s.waitShortly()
 	f, err := a.await(time.Now().Add(handoverTimeout))
 	if err == os.ErrDeadlineExceeded && a.kill() != nil {
 		// This process may not kill it, and it may serve at any moment. So
