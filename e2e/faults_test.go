@@ -243,7 +243,7 @@ func (c cell) ofHalted() bool { return c.at == inTransfer && c.mode == takeover 
 // waitHook is a wait for a hook, which has no bound.
 const waitHook = "the hook"
 
-const faultTimeout = 3 * time.Second // Options.UpgradeTimeout of cells that wait for it
+var faultTimeout = proctest.Patience / 10 // Options.UpgradeTimeout of cells that wait for it
 
 // shortenTimeout is for cells that wait for UpgradeTimeout.
 func shortenTimeout(_ cell, p, s *proctest.Spec) {
