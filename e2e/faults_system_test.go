@@ -214,15 +214,12 @@ func systemFaults() []*fault {
 					return undisturbed(c)
 				}
 				o := c.givenUp(nil)
-				o.steps = []ecdysis.Step{ecdysis.StepInit}
+				o.says, o.steps = "RLIMIT_NOFILE", []ecdysis.Step{ecdysis.StepInit}
 				switch c.at {
 				case made, listened:
 					o.says = syscall.EMFILE.Error()
 				case inPrepare: // its answer may come while the predecessor sends
-					o.says = "RLIMIT_NOFILE"
 					o.steps = []ecdysis.Step{ecdysis.StepStart, ecdysis.StepInit}
-				default: // it cannot even open the stream
-					o.is = io.ErrUnexpectedEOF
 				}
 				return o
 			},
