@@ -636,7 +636,8 @@ func TestPacketDeadline(t *testing.T) {
 	packetNetworks(t, func(t *testing.T, network string, address func() string) {
 		const a, b, c = 0, 1, 2
 		plain := proctest.Spec{NoAccept: true}.And(network, address()).And(network, address()).And(network, address())
-		p := proctest.New(t, plain.Hold(proctest.AtListened).At(proctest.On(ecdysis.EventHandover), proctest.Once(proctest.Hold)), plain).Launch()
+		handover := proctest.On(ecdysis.EventHandover)
+		p := proctest.New(t, plain.Hold(proctest.AtListened).Hold(handover), plain).Launch()
 		p.At(proctest.AtListened)
 		late := func(what string, i int) {
 			t.Helper()
@@ -681,24 +682,40 @@ func TestPacketDeadline(t *testing.T) {
 
 		// a: its deadline has passed before the upgrade.
 		// b: it passes while this process is quiet.
-		// c: none, and one that was far away when it began.
 		sock(p, b).begins("ReadFrom", "reads")
-		sock(p, c).begins("ReadFrom", "reads")
-		clients[c].says("hello")
-		sock(p, c).has("ReadFrom", "hello", clients[c])
-		sock(p, c).begins("ReadFrom", "reads")
-		sock(p, c).deadline("both", "1h")
 		attempt := p.BeginUpgrade()
 		s := attempt.Successor()
-		p.At(proctest.On(ecdysis.EventHandover))
+		p.AtAgain(handover, 0)
 		sock(p, b).comesTo("ReadFrom", "waits")
-		sock(p, c).comesTo("ReadFrom", "waits")
 		clients[a].says("three")
 		clients[b].says("four")
 		sock(p, a).begins("ReadFrom", "returned")
 		late("passed before the upgrade", a)
 		sock(p, b).deadline("both", "1ms")
 		late("set while quiet", b)
+		s.Kill()
+		p.Resume()
+		attempt.Fails(ecdysis.StepHandover, io.ErrUnexpectedEOF)
+		for i, text := range []string{"three", "four"} {
+			sock(p, i).begins("ReadFrom", "returned")
+			late("passed before the upgrade failed", i)
+			sock(p, i).holds(text)
+			sock(p, i).deadline("both", "")
+			sock(p, i).begins("ReadFrom", "returned")
+			sock(p, i).has("ReadFrom", text, clients[i])
+		}
+
+		// c: none, and one that was far away when it began. It has an upgrade of its
+		// own, because the hook has five seconds.
+		sock(p, c).begins("ReadFrom", "reads")
+		clients[c].says("hello")
+		sock(p, c).has("ReadFrom", "hello", clients[c])
+		sock(p, c).begins("ReadFrom", "reads")
+		sock(p, c).deadline("both", "1h")
+		attempt = p.BeginUpgrade()
+		s = attempt.Successor()
+		p.AtAgain(handover, 1)
+		sock(p, c).comesTo("ReadFrom", "waits")
 		// Writing has the deadline at once, and is not in the package's.
 		sock(p, c).deadline("both", "-1h")
 		proctest.Want(t, sock(p, c).answer("x"), os.ErrDeadlineExceeded) // WriteTo after a deadline set while quiet
@@ -711,14 +728,6 @@ func TestPacketDeadline(t *testing.T) {
 		s.Kill()
 		p.Resume()
 		attempt.Fails(ecdysis.StepHandover, io.ErrUnexpectedEOF)
-		for i, text := range []string{"three", "four"} {
-			sock(p, i).begins("ReadFrom", "returned")
-			late("passed before the upgrade failed", i)
-			sock(p, i).holds(text)
-			sock(p, i).deadline("both", "")
-			sock(p, i).begins("ReadFrom", "returned")
-			sock(p, i).has("ReadFrom", text, clients[i])
-		}
 		sock(p, c).comesTo("ReadFrom", "reads")
 		clients[c].says("five")
 		sock(p, c).has("ReadFrom", "five", clients[c])
@@ -728,6 +737,7 @@ func TestPacketDeadline(t *testing.T) {
 		sock(p, c).deadline("read", "1h")
 		sock(p, c).begins("ReadFrom", "reads")
 		p.Chain.Specs(plain.At(proctest.On(ecdysis.EventReady), proctest.Exit(1)))
+		p.Resume()
 		p.FailUpgrade(ecdysis.StepHandover, io.ErrUnexpectedEOF)
 		sock(p, c).comesTo("ReadFrom", "reads")
 		sock(p, c).deadline("read", "1ms")

@@ -162,12 +162,15 @@ func TestPhaseRefused(t *testing.T) {
 	t.Run("by itself", func(t *testing.T) {
 		t.Parallel()
 		// The predecessor ends the process soon after its Fail, so that all
-		// calls are planned.
-		p := proctest.Start(t, proctest.Both, proctest.Both.At(proctest.AtListened, proctest.CallFail.Do("planned"),
+		// calls are planned, and the predecessor stands still.
+		p := proctest.Start(t, proctest.Both, proctest.Both.At(proctest.AtListened, proctest.Hold, proctest.CallFail.Do("planned"),
 			proctest.CallUpgrade.Do(), proctest.CallReady.Do(), proctest.CallWaitForPredecessor.Do(time.Millisecond),
 			listenAndClose.Do(), failsAsTold.Do(), proctest.CallStop.Do(), proctest.Hold), proctest.Both)
 		a := p.BeginUpgrade()
 		s := a.Successor()
+		s.At(proctest.AtListened)
+		p.Halt()
+		s.Resume()
 		aborted.equals(t, phase{
 			upgrade: proctest.CallUpgrade.ErrAt(s, proctest.AtListened),
 			ready:   proctest.CallReady.ErrAt(s, proctest.AtListened),
@@ -177,6 +180,7 @@ func TestPhaseRefused(t *testing.T) {
 		if same, err := failsAsTold.At(s, proctest.AtListened); !same || err != nil {
 			t.Errorf("Fail returns another error than it was given: %v", err)
 		}
+		p.Signal(syscall.SIGCONT)
 		f := a.Fails(ecdysis.StepInit, nil)
 		proctest.Want(t, f, nil, ": it says: planned")
 		s.Reaped()

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -26,7 +27,11 @@ type denied struct {
 }
 
 var sandbox = proctest.Define("sandbox", func(_ *proctest.Daemon, d denied) (proctest.None, error) {
-	const allow, number, flags = unix.SECCOMP_RET_ALLOW, 0, 16 // offsets in struct seccomp_data, little-endian
+	const allow, number = unix.SECCOMP_RET_ALLOW, 0
+	flags := uint32(16) // the first argument of clone(2), an offset in struct seccomp_data
+	if runtime.GOARCH == "s390x" {
+		flags = 28 // the lower half of the second one, by a greater first byte
+	}
 	deny := func(errno syscall.Errno) uint32 { return unix.SECCOMP_RET_ERRNO | uint32(errno) }
 	var filter []unix.SockFilter
 	add := func(code uint16, jt, jf uint8, k uint32) {
