@@ -139,7 +139,7 @@ func TestClosedBeforeSent(t *testing.T) {
 	for range n { // more than the system takes before the successor reads
 		spec = spec.And("tcp", "127.0.0.1:"+strings.Repeat("0", 15_000))
 	}
-	p := proctest.Start(t, spec, proctest.TCP.Hold(proctest.AtStart))
+	p := proctest.Start(t, spec.UpgradeTimeout(2*proctest.Patience), proctest.TCP.Hold(proctest.AtStart))
 	a := p.BeginUpgrade()
 	s := a.Successor()
 	s.At(proctest.AtStart)
