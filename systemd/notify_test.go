@@ -732,6 +732,14 @@ func TestRelayEnds(t *testing.T) {
 			t.Fatalf("systemd got %q, %v; want STATUS=alone", got.text, err)
 		}
 	}
+	if err := n.Status("last"); err != nil {
+		t.Fatal(err)
+	}
+	for got := m.next().text; got != "STATUS=last"; got = m.next().text {
+		if got != "STATUS=alone" { // of another try, which this process was slow to see
+			t.Fatalf("systemd got %q; want STATUS=last", got)
+		}
+	}
 	m.hasAll()
 
 	// An attempt whose hook has panicked, so that no event came, leaves nothing.
