@@ -445,12 +445,12 @@ func (d *daemon) clean() {
 
 func testFailures(d *daemon) {
 	listen := "listen=web tcp 127.0.0.1:7002"
-	d.configure(listen, "timeout=500ms", "probation=10s")
+	d.configure(listen, "timeout=2s", "probation=10s")
 	first := d.start()
 	check := d.load()
 	for _, c := range []struct{ do, reason string }{
 		{"crash", "exit status 3"}, // no more is known, because the successor is systemd's child
-		{"hang", "not ready within 500ms"},
+		{"hang", "not ready within 2s"},
 		{"fail", "it says: bad MAINPID=1 configuration"},
 		{"die", "failed at probation"},
 		{"crash", "failed at init"},
@@ -474,7 +474,7 @@ func testFailures(d *daemon) {
 // With ExecReload= as a client of the control socket the reload has the outcome
 // of the upgrade.
 func testNotify(d *daemon) {
-	normal := []string{"listen=web tcp 127.0.0.1:7009", "control=/run/mydaemon/upgrade", "timeout=500ms"}
+	normal := []string{"listen=web tcp 127.0.0.1:7009", "control=/run/mydaemon/upgrade", "timeout=2s"}
 	d.configure(normal...)
 	d.start()
 	check := d.load()
@@ -486,7 +486,7 @@ func testNotify(d *daemon) {
 	old.asks("still served")
 	old.Close()
 	pid := d.main()
-	for do, reason := range map[string]string{"crash": "without a call of Ready or Fail", "hang": "not ready within 500ms", "fail": "it says: bad"} {
+	for do, reason := range map[string]string{"crash": "without a call of Ready or Fail", "hang": "not ready within 2s", "fail": "it says: bad"} {
 		d.configure(append(normal, "do="+do)...)
 		out, err := exec.Command("systemctl", "reload", d.name).CombinedOutput()
 		var exit *exec.ExitError
