@@ -209,20 +209,27 @@ func (u *Upgrader) notifyWithin(e *Event, mustEnd func() bool) error {
 		u.opts.Notify(*e)
 		returned = true
 	}()
-	ended := func(returned bool) error {
-		if returned {
-			return nil
-		}
-		if reason != nil {
-			panic(reason)
-		}
-		runtime.Goexit() // as the hook has done
+	returned, err := awaitHook(done, e.Kind, mustEnd)
+	switch {
+	case err != nil:
+		left.Store(true)
+		return err
+	case returned:
 		return nil
+	case reason != nil:
+		panic(reason)
 	}
+	runtime.Goexit() // as the hook has done
+	return nil
+}
+
+// awaitHook receives from done, for at most hookTimeout and not after mustEnd
+// reports true.
+func awaitHook(done <-chan bool, kind EventKind, mustEnd func() bool) (returned bool, err error) {
 	runtime.Gosched() // most hooks return at once, and then no timer has to wake the poller
 	select {
-	case returned := <-done:
-		return ended(returned)
+	case returned = <-done:
+		return returned, nil
 	default:
 	}
 	limit := time.NewTimer(hookTimeout)
@@ -231,16 +238,14 @@ func (u *Upgrader) notifyWithin(e *Event, mustEnd func() bool) error {
 	defer look.Stop()
 	for {
 		select {
-		case returned := <-done:
-			return ended(returned)
+		case returned = <-done:
+			return returned, nil
 		case <-look.C:
 			if mustEnd() {
-				left.Store(true)
-				return ErrStopped
+				return false, ErrStopped
 			}
 		case <-limit.C:
-			left.Store(true)
-			return errorf("Options.Notify has not returned within %v of %q: %w", hookTimeout, e.Kind, os.ErrDeadlineExceeded)
+			return false, errorf("Options.Notify has not returned within %v of %q: %w", hookTimeout, kind, os.ErrDeadlineExceeded)
 		}
 	}
 }

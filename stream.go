@@ -240,10 +240,10 @@ func (s *stream) waitInput() error {
 	})
 }
 
-// waitShortly waits in poll(2) until input has come, for a few milliseconds at
-// most. It is for the moment of a handover, in which the other process answers
-// at once: this thread then goes on sooner than a goroutine, which the thread in
-// the poller has to wake. Only input wakes it.
+// waitShortly waits in poll(2) for input or the end of the stream, for a few
+// milliseconds at most. It is for the moment of a handover, in which the other
+// process answers at once. A thread that waits in the system goes on sooner than
+// a goroutine that another thread has to wake.
 func (s *stream) waitShortly() {
 	const milliseconds = 5
 	// What goes wrong here goes wrong again in read, which follows.

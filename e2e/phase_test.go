@@ -161,8 +161,8 @@ func TestPhaseRefused(t *testing.T) {
 	aborted := phase{upgrade: ecdysis.ErrAborted, ready: ecdysis.ErrAborted, wait: ecdysis.ErrNotReady, listen: ecdysis.ErrAborted}
 	t.Run("by itself", func(t *testing.T) {
 		t.Parallel()
-		// The predecessor ends the process soon after its Fail, so that all
-		// calls are planned, and the predecessor stands still.
+		// The predecessor would end the process soon after its Fail. So all calls
+		// are planned, and the predecessor stands still meanwhile.
 		p := proctest.Start(t, proctest.Both, proctest.Both.At(proctest.AtListened, proctest.Hold, proctest.CallFail.Do("planned"),
 			proctest.CallUpgrade.Do(), proctest.CallReady.Do(), proctest.CallWaitForPredecessor.Do(time.Millisecond),
 			listenAndClose.Do(), failsAsTold.Do(), proctest.CallStop.Do(), proctest.Hold), proctest.Both)

@@ -28,9 +28,9 @@ type denied struct {
 
 var sandbox = proctest.Define("sandbox", func(_ *proctest.Daemon, d denied) (proctest.None, error) {
 	const allow, number = unix.SECCOMP_RET_ALLOW, 0
-	flags := uint32(16) // the first argument of clone(2), an offset in struct seccomp_data
+	flags := uint32(16) // where struct seccomp_data has the first argument of clone(2)
 	if runtime.GOARCH == "s390x" {
-		flags = 28 // the lower half of the second one, by a greater first byte
+		flags = 28 // the flags are the second argument, and its lower half comes last
 	}
 	deny := func(errno syscall.Errno) uint32 { return unix.SECCOMP_RET_ERRNO | uint32(errno) }
 	var filter []unix.SockFilter

@@ -37,8 +37,8 @@ type launched struct {
 	waited chan struct{} // closed when cmd.Wait has returned
 }
 
-// logEnds tells how the processes have ended that live no more, because one
-// that is killed tells nobody.
+// logEnds logs how those of the processes that have ended did so. A process that
+// is killed cannot write it itself.
 func logEnds(t testing.TB, list []launched) {
 	t.Helper()
 	for _, l := range list {
@@ -91,10 +91,10 @@ func New(t testing.TB, specs ...Spec) *Chain {
 	t.Cleanup(func() {
 		c.hub.Close()
 		c.mu.Lock()
-		all, launched := slices.Clone(c.all), slices.Clone(c.launched)
+		all, started := slices.Clone(c.all), slices.Clone(c.launched)
 		c.mu.Unlock()
 		if t.Failed() {
-			logEnds(t, launched) // before the rest is killed
+			logEnds(t, started) // before the rest is killed
 		}
 		for _, p := range all {
 			_ = p.Process.Kill()
