@@ -74,7 +74,11 @@ func (g *gate) pass(f func() error) error {
 // interrupted reports whether a call that began in this epoch has failed because
 // of the package.
 func (g *gate) interrupted(epoch uint64, err error) bool {
-	return err != nil && g.epoch.Load() != epoch && (errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed))
+	return err != nil && g.epoch.Load() != epoch && isInterruption(err)
+}
+
+func isInterruption(err error) bool {
+	return errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed)
 }
 
 // sleep waits until the epoch or the limit is over; a limit of 0 is none. It

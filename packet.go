@@ -240,6 +240,11 @@ func (c *UDPConn) ReadFromUDPAddrPort(b []byte) (n int, a netip.AddrPort, err er
 			return n, a, err
 		}
 	}
+	return c.readAddrPort(b)
+}
+
+// readAddrPort is ReadFromUDPAddrPort where that has to wait.
+func (c *UDPConn) readAddrPort(b []byte) (n int, a netip.AddrPort, err error) {
 	err = c.p.read(func() (err error) { n, a, err = c.UDPConn.ReadFromUDPAddrPort(b); return err })
 	return n, a, err
 }
