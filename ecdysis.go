@@ -180,7 +180,10 @@ func (u *Upgrader) Generation() int { return u.generation }
 // or stopped: the program should finish what is in flight and exit.
 func (u *Upgrader) Exit() <-chan struct{} { return u.life.exit }
 
-// notify calls the hook. No lock is held.
+// notify calls the hook. No lock is held. Inlined, it would take room for an
+// Event, which is large, on the stack of every caller.
+//
+//go:noinline
 func (u *Upgrader) notify(e *Event) {
 	if u.opts.Notify != nil {
 		u.opts.Notify(*e)

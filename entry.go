@@ -48,25 +48,19 @@ func (w *wire) appendTo(b []byte) []byte {
 	if w.kind == kindState {
 		size = strconv.FormatInt(w.size, 10)
 	}
-	for _, f := range []struct{ key, value string }{
-		{"kind", w.kind},
-		{"name", w.name},
-		{"network", w.network},
-		{"address", w.address},
-		{"at", w.boundKey},
-		{"keep", flag(w.keep)},
-		{"path", w.path},
-		{"dev", dev},
-		{"ino", ino},
-		{"foreign", flag(w.foreign)},
-		{"renewed", flag(w.renewed)},
-		{"gone", flag(w.gone)},
-		{"size", size},
-	} {
-		if f.value != "" {
-			b = appendField(b, f.key, f.value)
-		}
-	}
+	b = appendField(b, "kind", w.kind)
+	b = appendField(b, "name", w.name)
+	b = appendField(b, "network", w.network)
+	b = appendField(b, "address", w.address)
+	b = appendField(b, "at", w.boundKey)
+	b = appendField(b, "keep", flag(w.keep))
+	b = appendField(b, "path", w.path)
+	b = appendField(b, "dev", dev)
+	b = appendField(b, "ino", ino)
+	b = appendField(b, "foreign", flag(w.foreign))
+	b = appendField(b, "renewed", flag(w.renewed))
+	b = appendField(b, "gone", flag(w.gone))
+	b = appendField(b, "size", size)
 	return endRecord(b)
 }
 

@@ -138,7 +138,7 @@ func startChild(cmd *Command, streamFD int, peer string) (*child, error) {
 		defer syscall.Close(null)
 		files[fd] = uintptr(null)
 	}
-	var env []string
+	env := make([]string, 0, len(cmd.Env)+1)
 	for _, s := range cmd.Env {
 		if !strings.HasPrefix(s, envName+"=") {
 			env = append(env, s)
@@ -167,13 +167,18 @@ func startChild(cmd *Command, streamFD int, peer string) (*child, error) {
 		}
 	}
 	if err != nil {
-		if cmd.Dir != "" && enterable(cmd.Dir) != nil {
-			return nil, &os.PathError{Op: "chdir", Path: cmd.Dir, Err: err}
-		}
-		return nil, &os.PathError{Op: "fork/exec", Path: program, Err: err}
+		return nil, startError(program, cmd.Dir, err)
 	}
 	c.begin(c.pid)
 	return c, nil
+}
+
+// startError says which step of starting a program has failed.
+func startError(program, dir string, err error) error {
+	if dir != "" && enterable(dir) != nil {
+		return &os.PathError{Op: "chdir", Path: dir, Err: err}
+	}
+	return &os.PathError{Op: "fork/exec", Path: program, Err: err}
 }
 
 func hasSlash(name string) bool { return strings.IndexByte(name, '/') >= 0 }

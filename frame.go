@@ -100,8 +100,14 @@ func (f *frame) first(key string) string {
 }
 
 // appendField appends the field "key=value" to a record that is being appended
-// to b.
+// to b. An empty value needs no field. Inlined, it would take much of a small
+// stack where many calls follow one another.
+//
+//go:noinline
 func appendField(b []byte, key, value string) []byte {
+	if value == "" {
+		return b
+	}
 	b = appendLength(b, len(key)+1+len(value))
 	return append(append(append(b, key...), '='), value...)
 }
@@ -123,7 +129,10 @@ func appendRecord(b []byte, r record) []byte {
 }
 
 // newFrame begins a frame, to which records are appended until endFrame.
-func newFrame(kind byte) []byte { return []byte{kind, 0, 0, 0, 0} }
+func newFrame(kind byte) []byte {
+	const usual = 128 // bytes; to grow there in steps costs more
+	return append(make([]byte, 0, usual), kind, 0, 0, 0, 0)
+}
 
 // endFrame sets the length of a frame that is complete.
 func endFrame(b []byte) []byte {

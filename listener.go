@@ -204,11 +204,14 @@ func newListener(u *Upgrader, e *entry) error {
 	if err != nil {
 		return err
 	}
-	nl, ok := ln.(netListener)
-	if !ok {
+	var nl netListener
+	switch ln := ln.(type) { // cheaper than an assertion to netListener
+	case *net.TCPListener:
+		nl, err = ln, e.checkFound(ln.Addr())
+	case *net.UnixListener:
+		nl, err = ln, e.checkFound(ln.Addr())
+	default:
 		err = errorf("a %T cannot be paused", ln)
-	} else {
-		err = e.checkFound(ln.Addr())
 	}
 	if err != nil {
 		ln.Close()

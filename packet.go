@@ -109,11 +109,14 @@ func newPacketConn(u *Upgrader, e *entry) error {
 	if err != nil {
 		return err
 	}
-	pc, ok := c.(netPacketConn)
-	if !ok {
+	var pc netPacketConn
+	switch c := c.(type) { // cheaper than an assertion to netPacketConn
+	case *net.UDPConn:
+		pc, err = c, e.checkFound(c.LocalAddr())
+	case *net.UnixConn:
+		pc, err = c, e.checkFound(c.LocalAddr())
+	default:
 		err = net.UnknownNetworkError(c.LocalAddr().Network())
-	} else {
-		err = e.checkFound(c.LocalAddr())
 	}
 	if err != nil {
 		c.Close()

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -37,11 +38,11 @@ type stream struct {
 
 	// rmu guards what was received. It is not held over a call that blocks.
 	rmu    sync.Mutex
-	in     []byte
+	in     []byte // bytes that have come; there is room behind them for more
 	fds    []int
 	end    error  // how the stream has ended: io.EOF or another error
 	sender int    // the process that wrote what came last; 0 if the system does not tell
-	buf    []byte // for one recvmsg
+	oob    []byte // room for a message's control data
 
 	// wmu guards what is to be sent. It is not held over a call that blocks.
 	wmu sync.Mutex
@@ -161,10 +162,14 @@ func (s *stream) atEnd() bool {
 
 // fill receives what has come. It reports false if nothing has. s.rmu is held.
 func (s *stream) fill(fd int) bool {
-	if s.buf == nil {
-		s.buf = make([]byte, 8<<10+syscall.CmsgSpace(4*maxFDs)+senderSpace)
+	const chunk = 8 << 10
+	if s.oob == nil { // one allocation: the first of each size costs a process two pages
+		n := syscall.CmsgSpace(4*maxFDs) + senderSpace
+		b := make([]byte, n+chunk)
+		s.oob, s.in = b[:n], b[n:n]
 	}
-	p, oob := s.buf[:8<<10], s.buf[8<<10:]
+	s.in = slices.Grow(s.in, chunk)
+	p, oob := s.in[len(s.in):len(s.in)+chunk], s.oob
 	// There is room for descriptors even where none are taken: some systems
 	// leave those open that have none, and say nothing.
 	n, oobn, flags, err := recvmsg(fd, p, oob)
@@ -203,25 +208,27 @@ func (s *stream) fill(fd int) bool {
 	if n == 0 {
 		s.end = io.EOF
 	}
-	s.in = append(s.in, p[:n]...)
+	s.in = s.in[:len(s.in)+n]
 	return true
 }
 
 // parseControl returns the descriptors that came with a message, and the
 // process that sent it.
 func parseControl(oob []byte) (fds []int, sender int, err error) {
-	msgs, err := syscall.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil, 0, os.NewSyscallError("recvmsg", err)
-	}
-	for i := range msgs {
-		if pid := senderOf(&msgs[i]); pid != 0 {
+	for len(oob) >= unix.CmsgLen(0) {
+		header, data, rest, err := unix.ParseOneSocketControlMessage(oob)
+		if err != nil {
+			return fds, sender, os.NewSyscallError("recvmsg", err)
+		}
+		oob = rest
+		m := unix.SocketControlMessage{Header: header, Data: data}
+		if pid := senderOf(&m); pid != 0 {
 			sender = pid
 		}
-		if msgs[i].Header.Level != syscall.SOL_SOCKET || msgs[i].Header.Type != syscall.SCM_RIGHTS {
+		if header.Level != unix.SOL_SOCKET || header.Type != unix.SCM_RIGHTS {
 			continue
 		}
-		list, err := syscall.ParseUnixRights(&msgs[i])
+		list, err := unix.ParseUnixRights(&m)
 		if err != nil {
 			return fds, sender, os.NewSyscallError("recvmsg", err)
 		}
@@ -405,11 +412,15 @@ func (s *stream) flush() error {
 	return nil
 }
 
-func (s *stream) write(b, oob []byte) (n int, err error) {
-	cerr := s.raw.Control(func(fd uintptr) { n, err = sendmsg(int(fd), b, oob, 0) })
-	switch {
-	case cerr != nil:
-		return 0, cerr
+func (s *stream) write(b, oob []byte) (int, error) {
+	var sent struct {
+		n   int
+		err error
+	}
+	if err := s.raw.Control(func(fd uintptr) { sent.n, sent.err = sendmsg(int(fd), b, oob, 0) }); err != nil {
+		return 0, err
+	}
+	switch err := sent.err; {
 	case err == syscall.EAGAIN, err == syscall.ETOOMANYREFS, err == syscall.ENOBUFS, err == syscall.EMFILE:
 		return 0, errAgain
 	case err == syscall.EPIPE, err == syscall.ECONNRESET:
@@ -417,7 +428,7 @@ func (s *stream) write(b, oob []byte) (n int, err error) {
 	case err != nil:
 		return 0, os.NewSyscallError("sendmsg", err)
 	}
-	return n, nil
+	return sent.n, nil
 }
 
 // abort tells the successor that it was given up. Buffer space is reserved so

@@ -66,4 +66,4 @@ func wantSender(int) {}
 
 func nameSender() []byte { return nil }
 
-func senderOf(*syscall.SocketControlMessage) int { return 0 }
+func senderOf(*unix.SocketControlMessage) int { return 0 }

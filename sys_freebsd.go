@@ -35,7 +35,7 @@ func nameSender() []byte {
 	return b
 }
 
-func senderOf(m *syscall.SocketControlMessage) int {
+func senderOf(m *unix.SocketControlMessage) int {
 	if m.Header.Level != syscall.SOL_SOCKET || m.Header.Type != unix.SCM_CREDS || len(m.Data) < sizeofCmsgcred {
 		return 0
 	}

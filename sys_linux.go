@@ -62,8 +62,8 @@ func wantSender(fd int) {
 // nameSender returns nothing: the receiver has asked for it.
 func nameSender() []byte { return nil }
 
-func senderOf(m *syscall.SocketControlMessage) int {
-	c, err := syscall.ParseUnixCredentials(m)
+func senderOf(m *unix.SocketControlMessage) int {
+	c, err := unix.ParseUnixCredentials(m)
 	if err != nil {
 		return 0
 	}

@@ -174,7 +174,9 @@ func (u *Upgrader) attempt(t trigger) error {
 	}
 	e := a.event(EventUpgraded)
 	defer func() { // even if the hook panics
-		answer(t.conn, okLine(e))
+		if t.conn != nil {
+			answer(t.conn, okLine(e))
+		}
 		u.end(e)
 		close(u.life.exit)
 	}()
