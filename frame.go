@@ -128,10 +128,10 @@ func appendRecord(b []byte, r record) []byte {
 	return endRecord(b)
 }
 
-// newFrame begins a frame, to which records are appended until endFrame.
-func newFrame(kind byte) []byte {
-	const usual = 128 // bytes; to grow there in steps costs more
-	return append(make([]byte, 0, usual), kind, 0, 0, 0, 0)
+// newFrame begins a frame, to which records are appended until endFrame. With
+// room for them, in bytes, it need not grow step by step.
+func newFrame(kind byte, room int) []byte {
+	return append(make([]byte, 0, frameHeader+room), kind, 0, 0, 0, 0)
 }
 
 // endFrame sets the length of a frame that is complete.
@@ -142,7 +142,7 @@ func endFrame(b []byte) []byte {
 }
 
 func makeFrame(kind byte, records []record) []byte {
-	b := newFrame(kind)
+	b := newFrame(kind, 100)
 	for _, r := range records {
 		b = appendRecord(b, r)
 	}
@@ -163,9 +163,10 @@ func parseFrame(b []byte) (f *frame, n int, err error) {
 	if len(b) < n {
 		return nil, 0, nil
 	}
-	f = &frame{kind: b[0]}
 	p := string(b[frameHeader:n]) // the fields are parts of it
-	fields := make(record, 0, size/8)
+	// With room for what is usual, so that they seldom grow.
+	f = &frame{kind: b[0], records: make([]record, 0, (size+63)/64)}
+	fields := make(record, 0, size/12)
 	for len(p) > 0 {
 		start := len(fields)
 		for {

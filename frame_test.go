@@ -109,7 +109,7 @@ func FuzzEntry(f *testing.F) {
 			var w wire
 			err := w.decode(r)
 			if err == nil {
-				b := w.appendTo(newFrame(frameSockets))
+				b := w.appendTo(newFrame(frameSockets, 0))
 				if len(b) <= frameHeader+maxFrame {
 					written, _, err := parseFrame(endFrame(b))
 					if err != nil || len(written.records) != 1 {
@@ -1188,7 +1188,7 @@ func TestSenderOfReady(t *testing.T) {
 // recordOf returns e as its successor gets it.
 func recordOf(t *testing.T, e *entry) record {
 	t.Helper()
-	f, _, err := parseFrame(endFrame(e.appendTo(newFrame(frameSockets))))
+	f, _, err := parseFrame(endFrame(e.appendTo(newFrame(frameSockets, 0))))
 	if err != nil {
 		t.Fatal(err)
 	}

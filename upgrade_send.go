@@ -104,28 +104,25 @@ func (a *attempt) sendMore() error {
 func (a *attempt) sendBatch(list []*entry) (n int, err error) {
 	a.u.mu.Lock()
 	defer a.u.mu.Unlock()
-	b := newFrame(frameSockets)
-	var fds []int
+	most := min(len(list), maxBatchFDs)
+	b, fds := newFrame(frameSockets, 100*most), make([]int, 0, most)
+	var e *entry
+	add := func(fd uintptr) { b, fds = e.appendTo(b), append(fds, int(fd)) }
 	var step func() error
 	step = func() error {
 		for n < len(list) && len(fds) < maxBatchFDs && len(b) < maxBatch {
-			e := list[n]
+			e = list[n]
 			n++
 			if e.state == closedInTransit {
 				continue
 			}
-			_, isListener := e.sock.(*listener)
-			within := e.sock != nil && !isListener
-			var serr error
-			cerr := e.control(func(fd uintptr) {
-				b = e.appendTo(b)
-				fds = append(fds, int(fd))
-				if within {
-					serr = step()
-				}
-			})
-			if within && cerr == nil {
-				return serr
+			if _, isListener := e.sock.(*listener); isListener || e.sock == nil {
+				_ = e.control(add) // fails only if it was closed
+				continue
+			}
+			var err error
+			if e.control(func(fd uintptr) { add(fd); err = step() }) == nil {
+				return err
 			}
 		}
 		if len(fds) == 0 {
