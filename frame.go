@@ -19,6 +19,11 @@ type frame struct {
 	kind    byte
 	records []record
 	fds     []int
+
+	// Room for what most frames have: the first allocation of each size costs a
+	// process two pages.
+	oneRecord [1]record
+	sixFields [6]string
 }
 
 type record []string
@@ -164,9 +169,12 @@ func parseFrame(b []byte) (f *frame, n int, err error) {
 		return nil, 0, nil
 	}
 	p := string(b[frameHeader:n]) // the fields are parts of it
-	// With room for what is usual, so that they seldom grow.
-	f = &frame{kind: b[0], records: make([]record, 0, (size+63)/64)}
-	fields := make(record, 0, size/12)
+	f = &frame{kind: b[0]}
+	fields := record(f.sixFields[:0])
+	f.records = f.oneRecord[:0]
+	if many := int(size / 64); many > 1 {
+		f.records, fields = make([]record, 0, many), make(record, 0, 5*many)
+	}
 	for len(p) > 0 {
 		start := len(fields)
 		for {
