@@ -29,12 +29,12 @@ type wire struct {
 	name             string // what it was added as; empty if Listen or ListenPacket has made it
 	network, address string // of a socket: the words that it was asked for with
 	boundKey         string // of the address that it is bound to
-	keep             bool   // ListenConfig.KeepOnStop
 	path             string // absolute path of a Unix socket's file; empty if it has none
 	dev, ino         uint64 // of that file when it was bound
+	size             int64  // of a state
+	keep             bool   // ListenConfig.KeepOnStop
 	foreign          bool   // made elsewhere: its file is not the package's to remove
 	renewed          bool   // bound to a name beside path, and renamed
-	size             int64  // of a state
 	gone             bool   // the predecessor does not find its file at path any more
 }
 

@@ -21,9 +21,9 @@ type frame struct {
 	fds     []int
 
 	// Room for what most frames have: the first allocation of each size costs a
-	// process two pages.
-	oneRecord [1]record
-	sixFields [6]string
+	// process two pages. This one has the size of an Event.
+	oneRecord   [1]record
+	eightFields [8]string
 }
 
 type record []string
@@ -147,7 +147,14 @@ func endFrame(b []byte) []byte {
 }
 
 func makeFrame(kind byte, records []record) []byte {
-	b := newFrame(kind, 100)
+	room := 0
+	for _, r := range records {
+		for _, f := range r {
+			room += len(f) + 3
+		}
+		room++
+	}
+	b := newFrame(kind, room)
 	for _, r := range records {
 		b = appendRecord(b, r)
 	}
@@ -170,7 +177,7 @@ func parseFrame(b []byte) (f *frame, n int, err error) {
 	}
 	p := string(b[frameHeader:n]) // the fields are parts of it
 	f = &frame{kind: b[0]}
-	fields := record(f.sixFields[:0])
+	fields := record(f.eightFields[:0])
 	f.records = f.oneRecord[:0]
 	if many := int(size / 64); many > 1 {
 		f.records, fields = make([]record, 0, many), make(record, 0, 5*many)
