@@ -21,7 +21,7 @@ type frame struct {
 	fds     []int
 
 	// Room for what most frames have: the first allocation of each size costs a
-	// process two pages. This one has the size of an Event.
+	// process two pages. An entry and an Event have this size for the allocator.
 	oneRecord   [1]record
 	eightFields [8]string
 }
