@@ -32,7 +32,7 @@ type Plan struct {
 // UnderAMinute is the plan of examples/demo -cost.
 var UnderAMinute = Plan{
 	Listeners: []int{1, 100, 1000, 10000},
-	Pairs:     []int{300, 100, 30, 7},
+	Pairs:     []int{300, 300, 30, 7},
 	Calls:     150,
 	Events:    10, Rate: 2000,
 }
