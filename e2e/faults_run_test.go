@@ -562,10 +562,15 @@ func (x *faultRun) servesOn(p *proctest.Proc, healed bool) {
 // failed that may not.
 func (x *faultRun) goesOn(p *proctest.Proc) {
 	x.Helper()
-	_, n := x.begin(p)
+	a, n := x.begin(p)
 	if n == nil {
 		n = x.successor()
 	}
+	x.Cleanup(func() {
+		if a != nil && x.Failed() {
+			x.Log("the next upgrade: ", a.Err())
+		}
+	})
 	n.At(proctest.AtServing)
 	x.servesOn(n, true)
 	if !(p == x.p && x.c.at == inProbation) { // else it stands by for a minute
