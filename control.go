@@ -205,9 +205,6 @@ func okLine(e *Event) string {
 // answer writes a line to the client of a control socket and closes the
 // connection.
 func answer(c *net.UnixConn, line string) {
-	if c == nil {
-		return
-	}
 	writeLine(c, line)
 	c.Close()
 }

@@ -20,8 +20,9 @@ type frame struct {
 	records []record
 	fds     []int
 
-	// Room for what most frames have: the first allocation of each size costs a
-	// process two pages. An entry and an Event have this size for the allocator.
+	// Most frames have room here for what they hold. The first allocation of each
+	// size class costs a process two page faults, and with these fields a frame is
+	// of one class with an entry and an Event.
 	oneRecord   [1]record
 	eightFields [8]string
 }
@@ -133,8 +134,8 @@ func appendRecord(b []byte, r record) []byte {
 	return endRecord(b)
 }
 
-// newFrame begins a frame, to which records are appended until endFrame. With
-// room for them, in bytes, it need not grow step by step.
+// newFrame begins a frame, to which records are appended until endFrame. It has
+// room for so many bytes of them before it has to grow.
 func newFrame(kind byte, room int) []byte {
 	return append(make([]byte, 0, frameHeader+room), kind, 0, 0, 0, 0)
 }
@@ -147,14 +148,7 @@ func endFrame(b []byte) []byte {
 }
 
 func makeFrame(kind byte, records []record) []byte {
-	room := 0
-	for _, r := range records {
-		for _, f := range r {
-			room += len(f) + 3
-		}
-		room++
-	}
-	b := newFrame(kind, room)
+	b := newFrame(kind, 27) // 32 bytes with the header, enough for most
 	for _, r := range records {
 		b = appendRecord(b, r)
 	}
@@ -177,9 +171,9 @@ func parseFrame(b []byte) (f *frame, n int, err error) {
 	}
 	p := string(b[frameHeader:n]) // the fields are parts of it
 	f = &frame{kind: b[0]}
-	fields := record(f.eightFields[:0])
 	f.records = f.oneRecord[:0]
-	if many := int(size / 64); many > 1 {
+	fields := record(f.eightFields[:0])
+	if many := int(size / 64); many > 1 { // records of usual size: five fields each
 		f.records, fields = make([]record, 0, many), make(record, 0, 5*many)
 	}
 	for len(p) > 0 {

@@ -77,6 +77,8 @@ func (g *gate) interrupted(epoch uint64, err error) bool {
 	return err != nil && g.epoch.Load() != epoch && isInterruption(err)
 }
 
+// isInterruption reports whether a call that the package has interrupted fails
+// with err. It stands apart so that interrupted can be inlined.
 func isInterruption(err error) bool {
 	return errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed)
 }

@@ -205,7 +205,7 @@ func newListener(u *Upgrader, e *entry) error {
 		return err
 	}
 	var nl netListener
-	switch ln := ln.(type) { // cheaper than an assertion to netListener
+	switch ln := ln.(type) { // an assertion to netListener makes a table at run time
 	case *net.TCPListener:
 		nl, err = ln, e.checkFound(ln.Addr())
 	case *net.UnixListener:

@@ -109,14 +109,11 @@ func newPacketConn(u *Upgrader, e *entry) error {
 	if err != nil {
 		return err
 	}
-	var pc netPacketConn
-	switch c := c.(type) { // cheaper than an assertion to netPacketConn
-	case *net.UDPConn:
-		pc, err = c, e.checkFound(c.LocalAddr())
-	case *net.UnixConn:
-		pc, err = c, e.checkFound(c.LocalAddr())
-	default:
+	pc, ok := c.(netPacketConn)
+	if !ok {
 		err = net.UnknownNetworkError(c.LocalAddr().Network())
+	} else {
+		err = e.checkFound(c.LocalAddr())
 	}
 	if err != nil {
 		c.Close()
@@ -246,7 +243,8 @@ func (c *UDPConn) ReadFromUDPAddrPort(b []byte) (n int, a netip.AddrPort, err er
 	return c.readAddrPort(b)
 }
 
-// readAddrPort is ReadFromUDPAddrPort where that has to wait.
+// readAddrPort is ReadFromUDPAddrPort for a read that has to wait. It stands apart
+// because its function value shares the results, which then need memory.
 func (c *UDPConn) readAddrPort(b []byte) (n int, a netip.AddrPort, err error) {
 	err = c.p.read(func() (err error) { n, a, err = c.UDPConn.ReadFromUDPAddrPort(b); return err })
 	return n, a, err

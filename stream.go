@@ -163,7 +163,7 @@ func (s *stream) atEnd() bool {
 // fill receives what has come. It reports false if nothing has. s.rmu is held.
 func (s *stream) fill(fd int) bool {
 	const chunk = 8 << 10
-	if s.oob == nil { // one allocation: the first of each size costs a process two pages
+	if s.oob == nil { // one allocation, because the first of each size costs two page faults
 		n := syscall.CmsgSpace(4*maxFDs) + senderSpace
 		b := make([]byte, n+chunk)
 		s.oob, s.in = b[:n], b[n:n]
@@ -413,7 +413,7 @@ func (s *stream) flush() error {
 }
 
 func (s *stream) write(b, oob []byte) (int, error) {
-	var sent struct {
+	var sent struct { // one allocation, because both are shared with a function value
 		n   int
 		err error
 	}

@@ -104,8 +104,9 @@ func (a *attempt) sendMore() error {
 func (a *attempt) sendBatch(list []*entry) (n int, err error) {
 	a.u.mu.Lock()
 	defer a.u.mu.Unlock()
+	const usual = 100 // bytes of a record
 	most := min(len(list), maxBatchFDs)
-	b, fds := newFrame(frameSockets, 100*most), make([]int, 0, most)
+	b, fds := newFrame(frameSockets, usual*most), make([]int, 0, most)
 	var e *entry
 	add := func(fd uintptr) { b, fds = e.appendTo(b), append(fds, int(fd)) }
 	var step func() error
@@ -120,9 +121,9 @@ func (a *attempt) sendBatch(list []*entry) (n int, err error) {
 				_ = e.control(add) // fails only if it was closed
 				continue
 			}
-			var err error
-			if e.control(func(fd uintptr) { add(fd); err = step() }) == nil {
-				return err
+			var rest error
+			if e.control(func(fd uintptr) { add(fd); rest = step() }) == nil {
+				return rest
 			}
 		}
 		if len(fds) == 0 {

@@ -42,7 +42,9 @@ func (t trigger) isFromOutside() bool {
 
 // refuse tells the client of a control socket that the upgrade has failed.
 func (t trigger) refuse(err error) {
-	answer(t.conn, "error: "+err.Error())
+	if t.conn != nil {
+		answer(t.conn, "error: "+err.Error())
+	}
 	if t.taker != nil {
 		t.taker.sendFail(err)
 		t.taker.close()
