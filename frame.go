@@ -134,21 +134,29 @@ func appendRecord(b []byte, r record) []byte {
 	return endRecord(b)
 }
 
-// newFrame begins a frame, to which records are appended until endFrame. It has
-// room for so many bytes of them before it has to grow.
-func newFrame(kind byte, room int) []byte {
-	return append(make([]byte, 0, frameHeader+room), kind, 0, 0, 0, 0)
-}
+// usualFrame is the room for a frame, in bytes: most have one record, and most
+// records fit. It is of one size class with a channel, for the same reason as a
+// frame is with an entry.
+const usualFrame = 112
 
-// endFrame sets the length of a frame that is complete.
+// beginFrame begins a frame behind b, to which records are appended until
+// endFrame.
+func beginFrame(b []byte, kind byte) []byte { return append(b, kind, 0, 0, 0, 0) }
+
+// endFrame sets the length of the frame b.
 func endFrame(b []byte) []byte {
 	n := len(b) - frameHeader
 	b[1], b[2], b[3], b[4] = byte(n>>24), byte(n>>16), byte(n>>8), byte(n)
 	return b
 }
 
+// payload returns the length of the payload of the frame at the front of b.
+func payload(b []byte) uint32 {
+	return uint32(b[1])<<24 | uint32(b[2])<<16 | uint32(b[3])<<8 | uint32(b[4])
+}
+
 func makeFrame(kind byte, records []record) []byte {
-	b := newFrame(kind, 27) // 32 bytes with the header, enough for most
+	b := beginFrame(make([]byte, 0, usualFrame), kind)
 	for _, r := range records {
 		b = appendRecord(b, r)
 	}
@@ -161,7 +169,7 @@ func parseFrame(b []byte) (f *frame, n int, err error) {
 	if len(b) < frameHeader {
 		return nil, 0, nil
 	}
-	size := uint32(b[1])<<24 | uint32(b[2])<<16 | uint32(b[3])<<8 | uint32(b[4])
+	size := payload(b)
 	if size > maxFrame {
 		return nil, 0, errorf("a frame %q of %d bytes, more than the %d that there can be: the peer does not use this protocol", b[0], size, maxFrame)
 	}

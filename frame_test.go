@@ -109,7 +109,7 @@ func FuzzEntry(f *testing.F) {
 			var w wire
 			err := w.decode(r)
 			if err == nil {
-				b := w.appendTo(newFrame(frameSockets, 0))
+				b := w.appendTo(beginFrame(nil, frameSockets))
 				if len(b) <= frameHeader+maxFrame {
 					written, _, err := parseFrame(endFrame(b))
 					if err != nil || len(written.records) != 1 {
@@ -541,7 +541,7 @@ func TestStreamDescriptors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := a.sendFrame(makeFrame(frameSockets, []record{{"one"}, {"two"}}), []int{int(w.Fd())}); err != nil {
+	if err := a.sendFrames(makeFrame(frameSockets, []record{{"one"}, {"two"}}), []int{int(w.Fd())}); err != nil {
 		t.Fatal(err)
 	}
 	w.Close()
@@ -549,7 +549,7 @@ func TestStreamDescriptors(t *testing.T) {
 		t.Fatalf("a batch with a descriptor too few: %v", err)
 	}
 	// The old process's end takes no descriptors at all.
-	if err := b.sendFrame(makeFrame(frameSockets, []record{{"one"}}), []int{int(r.Fd())}); err != nil {
+	if err := b.sendFrames(makeFrame(frameSockets, []record{{"one"}}), []int{int(r.Fd())}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := a.next(); err == nil || !strings.Contains(err.Error(), "the successor sent descriptors") || len(a.fds) != 0 {
@@ -818,7 +818,7 @@ func TestDescriptorsWithOneByte(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.sendFrame(makeFrame(frameSockets, []record{{"kind=file"}}), []int{0}); err != nil {
+	if err := s.sendFrames(makeFrame(frameSockets, []record{{"kind=file"}}), []int{0}); err != nil {
 		t.Fatal(err)
 	}
 	if !slices.Equal(sizes, []int{1, 1}) {
@@ -1188,7 +1188,7 @@ func TestSenderOfReady(t *testing.T) {
 // recordOf returns e as its successor gets it.
 func recordOf(t *testing.T, e *entry) record {
 	t.Helper()
-	f, _, err := parseFrame(endFrame(e.appendTo(newFrame(frameSockets, 0))))
+	f, _, err := parseFrame(endFrame(e.appendTo(beginFrame(nil, frameSockets))))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1228,7 +1228,7 @@ func TestRestIsSent(t *testing.T) {
 		records = append(records, record{"kind=file", "name=" + strings.Repeat("x", maxName)})
 		fds = append(fds, int(null.Fd()))
 	}
-	if err := old.sendFrame(makeFrame(frameSockets, records), fds); err != nil {
+	if err := old.sendFrames(makeFrame(frameSockets, records), fds); err != nil {
 		t.Fatal(err)
 	}
 	if len(old.out) == 0 {

@@ -80,6 +80,9 @@ func (g *gate) interrupted(epoch uint64, err error) bool {
 // isInterruption reports whether a call that the package has interrupted fails
 // with err. It stands apart so that interrupted can be inlined.
 func isInterruption(err error) bool {
+	if oe, ok := err.(*net.OpError); ok { // in which errors.Is would look for a method, and make a table at run time
+		err = oe.Err
+	}
 	return errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed)
 }
 

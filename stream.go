@@ -45,8 +45,12 @@ type stream struct {
 	oob    []byte // room for a message's control data
 
 	// wmu guards what is to be sent. It is not held over a call that blocks.
-	wmu sync.Mutex
-	out []byte // the rest of a frame of which the system has taken a part
+	wmu  sync.Mutex
+	out  []byte   // the rest of a frame of which the system has taken a part
+	sent struct { // what the system has answered last
+		n   int
+		err error
+	}
 }
 
 // A streamConn is a *os.File, or a *net.UnixConn where net has made the
@@ -352,13 +356,13 @@ func (s *stream) send(kind byte, fields ...string) error {
 	if len(fields) > 0 {
 		records = []record{fields}
 	}
-	return s.sendFrame(makeFrame(kind, records), nil)
+	return s.sendFrames(makeFrame(kind, records), nil)
 }
 
-// sendFrame sends a frame without blocking. Every frame except SOCKETS fits the
-// system's buffer. It returns errAgain if the buffer is full and nothing was
-// taken. The descriptors go with the frame's first byte.
-func (s *stream) sendFrame(b []byte, fds []int) error {
+// sendFrames sends frames, one behind the other, without blocking. All except
+// SOCKETS fit the system's buffer. It returns errAgain if the buffer is full and
+// nothing was taken. The descriptors go with the first byte.
+func (s *stream) sendFrames(b []byte, fds []int) error {
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
 	if err := s.flush(); err != nil {
@@ -371,8 +375,12 @@ func (s *stream) sendFrame(b []byte, fds []int) error {
 	case b[0] == frameReady: // whose sender the predecessor watches
 		oob = nameSender()
 	}
-	if len(b) > frameHeader+maxFrame {
-		return errorf("a frame %q of %d bytes; there can be %d", b[0], len(b), maxFrame)
+	for rest := b; len(rest) > 0; {
+		n := payload(rest)
+		if n > maxFrame {
+			return errorf("a frame %q of %d bytes; there can be %d", rest[0], n, maxFrame)
+		}
+		rest = rest[frameHeader+n:]
 	}
 	first := b
 	if len(fds) > 0 && dropsDescriptors {
@@ -412,15 +420,12 @@ func (s *stream) flush() error {
 	return nil
 }
 
+// write sends once. s.wmu is held.
 func (s *stream) write(b, oob []byte) (int, error) {
-	var sent struct { // one allocation, because both are shared with a function value
-		n   int
-		err error
-	}
-	if err := s.raw.Control(func(fd uintptr) { sent.n, sent.err = sendmsg(int(fd), b, oob, 0) }); err != nil {
+	if err := s.raw.Control(func(fd uintptr) { s.sent.n, s.sent.err = sendmsg(int(fd), b, oob, 0) }); err != nil {
 		return 0, err
 	}
-	switch err := sent.err; {
+	switch err := s.sent.err; {
 	case err == syscall.EAGAIN, err == syscall.ETOOMANYREFS, err == syscall.ENOBUFS, err == syscall.EMFILE:
 		return 0, errAgain
 	case err == syscall.EPIPE, err == syscall.ECONNRESET:
@@ -428,7 +433,7 @@ func (s *stream) write(b, oob []byte) (int, error) {
 	case err != nil:
 		return 0, os.NewSyscallError("sendmsg", err)
 	}
-	return sent.n, nil
+	return s.sent.n, nil
 }
 
 // abort tells the successor that it was given up. Buffer space is reserved so

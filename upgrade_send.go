@@ -23,9 +23,7 @@ func (a *attempt) startChild(cmd *Command) error {
 	if a.s, err = newStream(fds[0]); err != nil {
 		return err
 	}
-	var network uint64
-	_ = a.s.raw.Control(func(fd uintptr) { network = networkOfSocket(int(fd)) }) // it was made here
-	if err := a.fill(network); err != nil {
+	if err := a.fill(networkOfSocket(fds[1])); err != nil {
 		return err
 	}
 	u := a.u
@@ -70,7 +68,7 @@ func (a *attempt) fill(network uint64) error {
 		return err
 	}
 	for !a.endSent {
-		if err := a.sendMore(); err == errAgain {
+		if err := a.sendBatch(); err == errAgain {
 			break
 		} else if err != nil {
 			return err
@@ -82,37 +80,24 @@ func (a *attempt) fill(network uint64) error {
 	return nil
 }
 
-// sendMore sends the next batch, or the end of them.
-func (a *attempt) sendMore() error {
-	if len(a.rest) > 0 {
-		n, err := a.sendBatch(a.rest)
-		if err == nil {
-			a.rest = a.rest[n:]
-		}
-		return err
-	}
-	err := a.s.send(frameEnd)
-	a.endSent = err == nil
-	return err
-}
-
-// sendBatch sends the next entries, at most maxBatchFDs, and returns how many
-// of the list they were. None of the descriptors can be closed meanwhile, and
-// its number used again: Close of a listener withdraws it first, which waits for
-// Upgrader.mu, and a socket for packets, which its embedded connection can
-// close, is sent within a call of its Control.
-func (a *attempt) sendBatch(list []*entry) (n int, err error) {
+// sendBatch sends the next entries, at most maxBatchFDs, and END with the last
+// ones. None of the descriptors can be closed meanwhile, and its number used
+// again: Close of a listener withdraws it first, which waits for Upgrader.mu, and
+// a socket for packets, which its embedded connection can close, is sent within a
+// call of its Control.
+func (a *attempt) sendBatch() error {
 	a.u.mu.Lock()
 	defer a.u.mu.Unlock()
-	const usual = 100 // bytes of a record
-	most := min(len(list), maxBatchFDs)
-	b, fds := newFrame(frameSockets, usual*most), make([]int, 0, most)
+	most := min(len(a.rest), maxBatchFDs)
+	b := beginFrame(make([]byte, 0, usualFrame*max(most, 1)), frameSockets)
+	fds := make([]int, 0, most)
+	var n int // entries that were looked at
 	var e *entry
 	add := func(fd uintptr) { b, fds = e.appendTo(b), append(fds, int(fd)) }
 	var step func() error
 	step = func() error {
-		for n < len(list) && len(fds) < maxBatchFDs && len(b) < maxBatch {
-			e = list[n]
+		for n < len(a.rest) && len(fds) < maxBatchFDs && len(b) < maxBatch {
+			e = a.rest[n]
 			n++
 			if e.state == closedInTransit {
 				continue
@@ -126,17 +111,25 @@ func (a *attempt) sendBatch(list []*entry) (n int, err error) {
 				return rest
 			}
 		}
-		if len(fds) == 0 {
-			return nil
+		if len(fds) > 0 {
+			b = endFrame(b)
+		} else {
+			b = nil
 		}
-		err := a.s.sendFrame(endFrame(b), fds)
-		if err == nil {
+		last := n == len(a.rest)
+		if last {
+			b = append(b, makeFrame(frameEnd, nil)...)
+		}
+		if err := a.s.sendFrames(b, fds); err != nil {
+			return err
+		}
+		if len(fds) > 0 {
 			a.sent++
 		}
-		return err
+		a.rest, a.endSent = a.rest[n:], last
+		return nil
 	}
-	err = step()
-	return n, err
+	return step()
 }
 
 // handOn sends what start could not send, batch by batch. The next batch goes
@@ -154,7 +147,7 @@ func (a *attempt) handOn(deadline time.Time) error {
 			acked++
 			continue
 		}
-		err := a.sendMore()
+		err := a.sendBatch()
 		if err != nil && err != errAgain {
 			return a.gone(err)
 		}

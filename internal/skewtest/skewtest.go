@@ -46,10 +46,10 @@ func endFrame(b []byte) []byte {
 	if b[0] != frameSockets { // one in addition to what may be there
 		b = endRecord(appendField(b, "another", "record"))
 	}`},
-		{"stream.go", "func (s *stream) sendFrame(b []byte, fds []int) error {", `
-// sendFrame sends frames of an unknown kind wherever an older peer has to ignore
+		{"stream.go", "func (s *stream) sendFrames(b []byte, fds []int) error {", `
+// sendFrames sends frames of an unknown kind wherever an older peer has to ignore
 // them. FINAL stays the last one of a predecessor.
-func (s *stream) sendFrame(b []byte, fds []int) error {
+func (s *stream) sendFrames(b []byte, fds []int) error {
 	err := s.sendKnown(b, fds)
 	if err == nil && (!s.inherits && b[0] != frameFinal || s.inherits && b[0] == frameDone) {
 		_ = s.sendKnown(makeFrame('z', []record{{"later=1"}, {"x"}}), nil)
