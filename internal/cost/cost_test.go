@@ -43,15 +43,15 @@ func TestMeasure(t *testing.T) {
 		t.Fatalf("upgrades %+v, skipped %q; want 1 and 20 listeners, and those skipped that no process can have", r.Upgrades, r.Skipped)
 	}
 	for _, u := range r.Upgrades {
-		if u.Took <= 0 || u.ForkExec <= 0 || u.Ratio <= 0 || u.Silent <= 0 || (u.Net > 0) != (u.Listeners > 1) || (u.Further != 0) != (u.Listeners > 1) {
+		if u.Took <= 0 || u.ForkExec <= 0 || u.Ratio <= 0 || u.Silent <= 0 || u.Observed <= 0 || (u.Net > 0) != (u.Listeners > 1) || (u.Further != 0) != (u.Listeners > 1) {
 			t.Errorf("%+v", u)
 		}
 		sum := 0.0
 		for _, d := range u.Stages {
 			sum += d
 		}
-		if u.Pairs == 1 && sum != u.Took {
-			t.Errorf("the stages take %v, and the upgrade %v", u.Stages, u.Took)
+		if u.Pairs == 1 && sum != u.Observed {
+			t.Errorf("the stages take %v, and the upgrade %v", u.Stages, u.Observed)
 		}
 	}
 	for _, c := range r.Calls {

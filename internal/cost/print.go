@@ -89,6 +89,11 @@ func (r *Result) tables() []*table {
 		}
 		stage.add(row...)
 	}
+	all := []string{"in all, with the hook that tells this"}
+	for _, u := range r.Upgrades {
+		all = append(all, micros(u.Observed))
+	}
+	stage.add(all...)
 	calls := &table{name: "calls"}
 	calls.add("call", "here", "net", "ratio", "pairs")
 	for _, c := range r.Calls {

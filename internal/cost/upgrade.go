@@ -123,6 +123,7 @@ type Upgrade struct {
 	Further        float64 // what each listener after the first adds, to an upgrade with one that was made at the same time
 	Silent         float64 // nobody accepts
 	Stages         [len(stages)]float64
+	Observed       float64 // an upgrade with the hook that tells the stages
 }
 
 // stages are where an upgrade's time goes, one after the other.
@@ -138,9 +139,10 @@ var stages = [...]string{
 func (u Upgrade) Floor() float64 { return u.ForkExec + u.Net }
 
 // measureUpgrade measures pairs. In each, one generation forks and execs the
-// program, and the next is upgraded: both do it for the first time, when code
-// and heap are not in the cache yet. A daemon with one listener is upgraded in
-// turn with one that has more.
+// program, and another is upgraded: both do it for the first time, when code
+// and heap are not in the cache yet. A third one's upgrade is observed by a hook,
+// for what goes on inside, and is not timed as a whole. A daemon with one
+// listener is upgraded in turn with one that has more.
 func measureUpgrade(ctx context.Context, program string, listeners, pairs int) (u Upgrade, err error) {
 	m, err := startMeasured(ctx, program, listeners)
 	if err != nil {
@@ -154,37 +156,41 @@ func measureUpgrade(ctx context.Context, program string, listeners, pairs int) (
 		}
 		defer func() { err = errors.Join(err, one.end()) }()
 	}
-	var took, forkExec, ratios, further, alone, silent []float64
+	var took, forkExec, ratios, further, alone, silent, observed []float64
 	var times [len(stages)][]float64
 	for range pairs {
 		var bare int64
 		if err := m.g.order('x', &bare); err != nil {
 			return u, err
 		}
-		if err := m.upgrade(); err != nil { // its second start of a process
+		if err := m.upgrade('o'); err != nil { // its second start of a process
 			return u, err
 		}
-		if err := m.upgrade(); err != nil {
+		if err := m.upgrade('u'); err != nil {
 			return u, err
 		}
-		took, forkExec = append(took, float64(m.took)), append(forkExec, float64(bare))
-		ratios = append(ratios, float64(m.took)/float64(bare))
+		observed = append(observed, float64(m.took))
 		silent = append(silent, float64(m.g.open-m.quiet))
 		moments := [...]int64{m.began, m.g.started, m.g.inherited, m.g.listening, m.quiet, m.began + m.took}
 		for i := range stages {
 			times[i] = append(times[i], float64(moments[i+1]-moments[i]))
 		}
+		if err := m.upgrade('u'); err != nil {
+			return u, err
+		}
+		took, forkExec = append(took, float64(m.took)), append(forkExec, float64(bare))
+		ratios = append(ratios, float64(m.took)/float64(bare))
 		if one == nil {
 			continue
 		}
 		alone = append(alone, float64(m.alone))
-		if err := one.upgrade(); err != nil {
+		if err := one.upgrade('u'); err != nil {
 			return u, err
 		}
 		further = append(further, float64(m.took-one.took)/float64(listeners-1))
 	}
 	u = Upgrade{Listeners: listeners, Pairs: pairs, Took: median(took), ForkExec: median(forkExec), Ratio: median(ratios),
-		Net: median(alone), Further: median(further), Silent: median(silent)}
+		Net: median(alone), Further: median(further), Silent: median(silent), Observed: median(observed)}
 	for i := range stages {
 		u.Stages[i] = median(times[i])
 	}
@@ -199,7 +205,7 @@ type measured struct {
 	listeners int
 
 	// Of the last upgrade.
-	began, quiet int64 // moments, in nanoseconds
+	began, quiet int64 // moments, in nanoseconds; quiet is 0 if it was not observed
 	took         int64
 	alone        int64 // what net took for as many listeners, in the replaced generation
 }
@@ -212,17 +218,19 @@ func startMeasured(ctx context.Context, program string, listeners int) (*measure
 		return nil, err
 	}
 	m := &measured{ctx: ctx, c: c, g: g, listeners: listeners}
-	if err := m.upgrade(); err != nil {
+	if err := m.upgrade('u'); err != nil {
 		return nil, errors.Join(err, m.end())
 	}
 	return m, nil
 }
 
-func (m *measured) upgrade() error {
+// upgrade gives one of the two orders for an upgrade: after o the next upgrade
+// is observed.
+func (m *measured) upgrade(order byte) error {
 	if err := m.ctx.Err(); err != nil {
 		return err
 	}
-	if err := m.g.order('u', &m.took, &m.quiet, &m.began); err != nil {
+	if err := m.g.order(order, &m.took, &m.quiet, &m.began); err != nil {
 		return err
 	}
 	s, err := m.c.next()

@@ -42,20 +42,26 @@ func main() {
 	}
 }
 
+// observe is the variable of the environment that gives a generation a hook,
+// which tells when every listener was paused.
+const observe = "MEASURED_OBSERVE"
+
 // generation becomes ready with n listeners, of which the first is served, and
 // connects to hub. It sends a line with the moments at which it was ready, had
-// started, had what it inherits and had its listeners, and its address. For each order, a byte, it sends a line of numbers. It exits at
-// the end of the connection.
+// started, had what it inherits and had its listeners, and its address. For each
+// order, a byte, it sends a line of numbers. It exits at the end of the
+// connection.
 func generation(hub string, n int) error {
-	var quiet time.Time // every listener was paused
-	u, err := ecdysis.New(ecdysis.Options{
-		UpgradeTimeout: 20 * time.Second,
-		Notify: func(e ecdysis.Event) {
+	quiet := time.Unix(0, 0) // every listener was paused
+	opts := ecdysis.Options{UpgradeTimeout: 20 * time.Second}
+	if os.Getenv(observe) != "" {
+		opts.Notify = func(e ecdysis.Event) {
 			if e.Kind == ecdysis.EventHandover {
 				quiet = time.Now()
 			}
-		},
-	})
+		}
+	}
+	u, err := ecdysis.New(opts)
 	if err != nil {
 		return err
 	}
@@ -94,7 +100,10 @@ func generation(hub string, n int) error {
 				return err
 			}
 			answer = line(int64(d))
-		case 'u':
+		case 'u', 'o': // o: the next generation has the hook
+			if err := setObserve(order[0] == 'o'); err != nil {
+				return err
+			}
 			began := time.Now()
 			if err := u.Upgrade(); err != nil {
 				return err
@@ -111,6 +120,13 @@ func generation(hub string, n int) error {
 			return err
 		}
 	}
+}
+
+func setObserve(on bool) error {
+	if on {
+		return os.Setenv(observe, "1")
+	}
+	return os.Unsetenv(observe)
 }
 
 // address is where the listener of this number is, at any port. To find free
