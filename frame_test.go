@@ -130,9 +130,8 @@ func FuzzEntry(f *testing.F) {
 			if perr != nil {
 				t.Fatal(perr)
 			}
-			e := new(entry)
 			var ierr error
-			if perr := raw.Control(func(fd uintptr) { ierr = e.inherit(r, int(fd)) }); perr != nil {
+			if perr := raw.Control(func(fd uintptr) { _, ierr = inheritAlone(r, int(fd)) }); perr != nil {
 				t.Fatal(perr)
 			}
 			in.Close()
@@ -421,8 +420,8 @@ func TestInheritedDescriptors(t *testing.T) {
 		if err != nil {
 			dup = fd
 		}
-		e := new(entry)
-		if err := e.inherit(r, dup); err != nil {
+		e, err := inheritAlone(r, dup)
+		if err != nil {
 			e.closeBare()
 			return err
 		}
@@ -880,7 +879,7 @@ func TestNoDualStack(t *testing.T) {
 	}
 	defer e.closeBare()
 	e.network, e.address = "tcp", "[::]:0"
-	if err := new(entry).inherit(recordOf(t, e), int(e.bare)); err != nil {
+	if _, err := inheritAlone(recordOf(t, e), int(e.bare)); err != nil {
 		t.Error(err)
 	}
 	four, err := resolve("tcp", ":80")
@@ -1183,6 +1182,16 @@ func TestSenderOfReady(t *testing.T) {
 	if s.sender != want {
 		t.Errorf("the sender is %d; want %d", s.sender, want)
 	}
+}
+
+// inheritAlone makes an entry as a batch of one does.
+func inheritAlone(r record, fd int) (*entry, error) {
+	list := make([]entry, 1)
+	err := list[0].inherit(r, fd)
+	if err == nil {
+		err = checkListening(list)
+	}
+	return &list[0], err
 }
 
 // recordOf returns e as its successor gets it.

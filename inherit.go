@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The successor's side of handing on: receiving what comes, and checking each
@@ -85,6 +87,9 @@ func (u *Upgrader) receiveBatch(f *frame) error {
 			u.reg.inherited = append(u.reg.inherited, e)
 		}
 	}
+	if err := checkListening(entries); err != nil {
+		return err
+	}
 	_ = u.pred.s.send(frameAck) // fails only if the predecessor is gone
 	return nil
 }
@@ -142,18 +147,10 @@ func (e *entry) inherit(r record, fd int) error {
 }
 
 // check returns an error if fd is not what e says. A socket's type and address
-// are compared with what net finds when it is claimed, see checkFound.
+// are compared with what net finds when it is claimed, see checkFound, and
+// whether it listens is asked of all at once.
 func (e *entry) check(fd int) error {
 	switch e.kind {
-	case kindListener:
-		ok, err := isListening(fd)
-		switch {
-		case errors.Is(err, errors.ErrUnsupported):
-		case err != nil:
-			return errorf("it is no socket: %w", os.NewSyscallError("getsockopt", err))
-		case !ok:
-			return errors.New("it does not listen")
-		}
 	case kindPacket, kindPair, kindConn:
 		if _, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE); err != nil {
 			return errorf("it is no socket: %w", os.NewSyscallError("getsockopt", err))
@@ -166,6 +163,34 @@ func (e *entry) check(fd int) error {
 		if st.Size < e.size {
 			return errorf("%d bytes were announced and it has %d", e.size, st.Size)
 		}
+	}
+	return nil
+}
+
+// checkListening returns an error if one of these should listen and does not.
+func checkListening(entries []entry) error {
+	list := make([]unix.PollFd, len(entries))
+	for i := range entries {
+		list[i].Fd = -1 // poll(2) passes it over
+		if e := &entries[i]; e.kind == kindListener {
+			list[i].Fd = int32(e.bare)
+		}
+	}
+	findDoubtful(list)
+	for i, p := range list {
+		if p.Fd < 0 || p.Revents == 0 {
+			continue
+		}
+		ok, err := isListening(int(p.Fd))
+		if ok || errors.Is(err, errors.ErrUnsupported) {
+			continue
+		}
+		if err != nil {
+			err = errorf("it is no socket: %w", os.NewSyscallError("getsockopt", err))
+		} else {
+			err = errors.New("it does not listen")
+		}
+		return errorf("inherited descriptor for %s: %w", entries[i].label(), err)
 	}
 	return nil
 }

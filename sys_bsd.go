@@ -55,6 +55,14 @@ func dup3(from, to int) error {
 	return err
 }
 
+// findDoubtful sets Revents of the descriptors that may not listen. Here these
+// are all: not every system's poll(2) tells a socket that listens from others.
+func findDoubtful(list []unix.PollFd) {
+	for i := range list {
+		list[i].Revents = unix.POLLOUT
+	}
+}
+
 // keepReserve makes a stream's buffer large enough for the first batch, and
 // leaves room for useReserve to let an ABORT through.
 func keepReserve(fd int) {
