@@ -239,11 +239,16 @@ const pauseTimeout = time.Second
 // by a deadline of its own on an embedded connection, or by a function for a
 // raw connection that does not return.
 func pauseAll(list []*entry) error {
+	for _, e := range list { // before any barrier, so that the calls of all end side by side
+		e.pause()
+	}
 	var readers []*packetConn
 	for _, e := range list {
-		e.pause()
-		if p, ok := e.sock.(*packetConn); ok {
-			readers = append(readers, p)
+		switch s := e.sock.(type) {
+		case *listener:
+			s.barrier()
+		case *packetConn:
+			readers = append(readers, s)
 		}
 	}
 	if len(readers) == 0 {

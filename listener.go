@@ -300,11 +300,8 @@ func (l *listener) barrier() {
 	}
 }
 
-// pause returns when no accept is in flight and none can begin.
-func (l *listener) pause() {
-	l.shut()
-	l.barrier()
-}
+// pause lets no accept begin. See pauseAll for those in flight.
+func (l *listener) pause() { l.shut() }
 
 // detach closes the socket on the package's account. Accept waits for the
 // caller's Close.

@@ -19,9 +19,11 @@ import (
 func (a *attempt) handOver() error {
 	u := a.u
 	a.stage = stagePaused
-	var list []*entry
+	var list, last []*entry
 	for _, e := range a.handed {
-		if !e.acceptsUntilDone {
+		if e.acceptsUntilDone {
+			last = append(last, e)
+		} else {
 			list = append(list, e)
 		}
 	}
@@ -52,11 +54,7 @@ func (a *attempt) handOver() error {
 	if f.kind != frameDone {
 		return a.unexpected(f)
 	}
-	for _, e := range a.handed {
-		if e.acceptsUntilDone {
-			e.pause()
-		}
-	}
+	_ = pauseAll(last) // no reads go on there, which alone are an error
 	return nil
 }
 
