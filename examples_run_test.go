@@ -156,10 +156,7 @@ func TestExample(t *testing.T) {
 	e.dial(addr).Close()
 
 	e.stop(second, late)
-	if c, err := net.Dial("tcp", addr); err == nil {
-		c.Close()
-		t.Error("somebody still listens")
-	}
+	e.Refused("tcp", addr)
 }
 
 // Stopped by SIGTERM, the package example exits with status 0.

@@ -211,12 +211,8 @@ func (d *daemon) leavesNothing() {
 // refuses asserts that no process accepts.
 func (d *daemon) refuses() {
 	d.T.Helper()
-	for _, a := range [][2]string{{"tcp", d.tcp}, {"unix", d.unix}} {
-		if c, err := net.Dial(a[0], a[1]); err == nil {
-			c.Close()
-			d.T.Errorf("somebody still listens on %s %s", a[0], a[1])
-		}
-	}
+	d.Refused("tcp", d.tcp)
+	d.Refused("unix", d.unix)
 }
 
 // ask runs echod as a client of the control sockets. It asserts the exit status,

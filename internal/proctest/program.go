@@ -2,6 +2,7 @@ package proctest
 
 import (
 	"bufio"
+	"net"
 	"os"
 	"os/exec"
 	"regexp"
@@ -151,6 +152,23 @@ func (p *Program) End() *os.ProcessState {
 			return p.Wait()
 		case <-limit:
 			p.T.Fatal("processes are left")
+		}
+	}
+}
+
+// Refused fails the test unless clients are refused there. It waits a little: a
+// process that ends closes its standard error, which End waits for, before its
+// sockets.
+func (p *Program) Refused(network, address string) {
+	p.T.Helper()
+	for limit := time.Now().Add(Patience); ; time.Sleep(time.Millisecond) {
+		c, err := net.Dial(network, address)
+		if err != nil {
+			return
+		}
+		c.Close()
+		if time.Now().After(limit) {
+			p.T.Fatalf("somebody still listens on %s %s", network, address)
 		}
 	}
 }
