@@ -34,7 +34,7 @@ var UnderAMinute = Plan{
 	Listeners: []int{1, 100, 1000, 10000},
 	Pairs:     []int{300, 300, 30, 7},
 	Calls:     150,
-	Events:    10, Rate: 2000,
+	Events:    20, Rate: 2000,
 }
 
 // A Result is all that was measured.
