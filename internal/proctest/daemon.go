@@ -135,11 +135,19 @@ func (d *Daemon) run() {
 	if !d.Spec.NoAccept && !d.Spec.LateAccept {
 		d.AcceptAll()
 	}
+	waited := make(chan struct{})
 	if d.Spec.Wait {
-		d.accepts.Go(d.wait)
+		d.accepts.Go(func() {
+			defer close(waited)
+			d.wait()
+		})
 	}
 	if err := d.U.Ready(); err != nil {
-		d.fatal(AtReadyFailed, err)
+		d.point(message{At: AtReadyFailed, Err: toWire(err)})
+		if d.Spec.Wait && errors.Is(err, ecdysis.ErrStopped) {
+			<-waited // Wait returns as well, and the Stop that is planned for that has work to do
+		}
+		exit(err)
 	}
 	d.Point(AtServing)
 	if d.Spec.LateAccept {
