@@ -413,6 +413,16 @@ func TestInheritedDescriptors(t *testing.T) {
 	}
 	defer file.Close()
 	r := record{"kind=listener", "network=tcp", "address=:0", "at=" + at, "later=key"}
+	c, err := net.Dial("tcp", strings.TrimPrefix(at, "tcp "))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	connection, err := c.(*net.TCPConn).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer connection.Close()
 	u := new(Upgrader)
 	defer u.reg.spare.close()
 	claim := func(r record, fd int) error { // of a copy, because a listener takes its descriptor over
@@ -442,6 +452,7 @@ func TestInheritedDescriptors(t *testing.T) {
 		{"a file", "it is no socket", int(file.Fd()), r},
 		{"a closed one", "it is no socket", 1 << 20, r},
 		{"UDP", "not listen", socket(unix.AF_INET, unix.SOCK_DGRAM, loopback, false), r},
+		{"a connection", "not listen", int(connection.Fd()), r},
 		{"another address", "is bound to", socket(unix.AF_INET, unix.SOCK_STREAM, loopback, true), r},
 		{"a bad inode", `inode "x"`, good, append(slices.Clone(r), "path=/x", "dev=1", "ino=x")},
 		{"a Unix socket", "is bound to", socket(unix.AF_UNIX, unix.SOCK_STREAM, &syscall.SockaddrUnix{Name: t.TempDir() + "/s"}, true), r},

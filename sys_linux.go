@@ -29,7 +29,7 @@ func dup3(from, to int) error { return unix.Dup3(from, to, syscall.O_CLOEXEC) }
 
 // findDoubtful sets Revents of the descriptors that may not listen. What listens
 // cannot be written to and has not hung up, and to ask that of all at once takes
-// less time than a call for each.
+// less time than a call for each. It misses a connection whose buffer is full.
 func findDoubtful(list []unix.PollFd) {
 	for i := range list {
 		list[i].Events = unix.POLLOUT
