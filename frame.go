@@ -22,7 +22,7 @@ type frame struct {
 
 	// Most frames have room here for what they hold. The first allocation of each
 	// size class costs a process two page faults, and with these fields a frame is
-	// of one class with an entry and an Event.
+	// of one class with an entry, a stream and an Event.
 	oneRecord   [1]record
 	eightFields [8]string
 }
@@ -134,9 +134,9 @@ func appendRecord(b []byte, r record) []byte {
 	return endRecord(b)
 }
 
-// usualFrame is the room for a frame, in bytes: most have one record, and most
-// records fit. It is of one size class with a channel, for the same reason as a
-// frame is with an entry.
+// usualFrame is the room for a frame, in bytes. Most frames have one record, and
+// most records fit. The allocator has one size class for it and for a channel,
+// which saves page faults as it does for the type frame.
 const usualFrame = 112
 
 // beginFrame begins a frame behind b, to which records are appended until

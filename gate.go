@@ -43,7 +43,7 @@ type gate struct {
 	// It is held over no call that blocks.
 	mu       sync.Mutex
 	deadline time.Time     // the caller's
-	past     bool          // the socket has the deadline of shut
+	past     bool          // the socket has the deadline of pause
 	closed   bool          // by the caller
 	detached bool          // by the package
 	changed  chan struct{} // closed on the next change of any of these; nil if nobody waits for one
@@ -80,7 +80,9 @@ func (g *gate) interrupted(epoch uint64, err error) bool {
 // isInterruption reports whether a call that the package has interrupted fails
 // with err. It stands apart so that interrupted can be inlined.
 func isInterruption(err error) bool {
-	if oe, ok := err.(*net.OpError); ok { // in which errors.Is would look for a method, and make a table at run time
+	// errors.Is would look for a method of the *net.OpError. For that the runtime
+	// makes a table when it is asked first, which is while nobody accepts.
+	if oe, ok := err.(*net.OpError); ok {
 		err = oe.Err
 	}
 	return errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed)
@@ -161,8 +163,9 @@ func (g *gate) setDeadline(t time.Time) error {
 	return g.side.setSocketDeadline(t)
 }
 
-// shut lets no call begin, and ends those that wait in the system.
-func (g *gate) shut() {
+// pause lets no call begin, and ends those that wait in the system. See pauseAll
+// for those that go on.
+func (g *gate) pause() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.epoch.Load()%2 == 0 {
@@ -173,9 +176,9 @@ func (g *gate) shut() {
 	g.wake()
 }
 
-// shutAgain repeats the past deadline, in the place of which the caller has set
+// pauseAgain repeats the past deadline, in the place of which the caller has set
 // another one on the socket itself.
-func (g *gate) shutAgain() {
+func (g *gate) pauseAgain() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.epoch.Load()%2 != 0 {
@@ -199,11 +202,11 @@ func (g *gate) unpause() {
 	g.wake()
 }
 
-// detachGate keeps a gate shut for good. The caller's Close, which comes later,
+// detachGate keeps a gate paused for good. The caller's Close, which comes later,
 // is not an error.
 func (g *gate) detachGate() {
 	if g.epoch.Load()%2 == 0 {
-		g.shut()
+		g.pause()
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -239,7 +242,8 @@ const pauseTimeout = time.Second
 // by a deadline of its own on an embedded connection, or by a function for a
 // raw connection that does not return.
 func pauseAll(list []*entry) error {
-	for _, e := range list { // before any barrier, so that the calls of all end side by side
+	// All are paused before the first barrier, so that their calls end side by side.
+	for _, e := range list {
 		e.pause()
 	}
 	var readers []*packetConn
@@ -275,7 +279,7 @@ func pauseAll(list []*entry) error {
 			return nil
 		case <-again.C:
 			if p := current.Load(); p != nil {
-				p.shutAgain()
+				p.pauseAgain()
 			}
 		case <-limit.C:
 			return errorf("%s: a read has not ended within %v of the handover: %w", current.Load().e.label(), pauseTimeout, os.ErrDeadlineExceeded)

@@ -141,14 +141,19 @@ func (e *entry) inherit(r record, fd int) error {
 		err = e.check(fd)
 	}
 	if err != nil {
-		return errorf("inherited descriptor for %s: %w", e.label(), err)
+		return e.mismatch(err)
 	}
 	return nil
 }
 
-// check returns an error if fd is not what e says. A socket's type and address
-// are compared with what net finds when it is claimed, see checkFound, and
-// whether it listens is asked of all at once.
+// mismatch says of which entry err is, whose descriptor is not what e says.
+func (e *entry) mismatch(err error) error {
+	return errorf("inherited descriptor for %s: %w", e.label(), err)
+}
+
+// check returns an error if fd is not what e says. The rest is checked later: by
+// checkListening whether a listener listens, for a whole batch at once, and by
+// checkFound a socket's type and address, when it is claimed.
 func (e *entry) check(fd int) error {
 	switch e.kind {
 	case kindPacket, kindPair, kindConn:
@@ -186,11 +191,9 @@ func checkListening(entries []entry) error {
 			continue
 		}
 		if err != nil {
-			err = errorf("it is no socket: %w", os.NewSyscallError("getsockopt", err))
-		} else {
-			err = errors.New("it does not listen")
+			return entries[i].mismatch(errorf("it is no socket: %w", os.NewSyscallError("getsockopt", err)))
 		}
-		return errorf("inherited descriptor for %s: %w", entries[i].label(), err)
+		return entries[i].mismatch(errors.New("it does not listen"))
 	}
 	return nil
 }

@@ -300,9 +300,6 @@ func (l *listener) barrier() {
 	}
 }
 
-// pause lets no accept begin. See pauseAll for those in flight.
-func (l *listener) pause() { l.shut() }
-
 // detach closes the socket on the package's account. Accept waits for the
 // caller's Close.
 func (l *listener) detach() {

@@ -145,9 +145,6 @@ func (p *packetConn) setSocketDeadline(t time.Time) error { return p.c.SetReadDe
 // gets the read lock after every read in flight.
 func (p *packetConn) barrier() { _ = p.raw.Read(func(uintptr) bool { return true }) }
 
-// pause lets no read begin. See pauseAll for those in flight.
-func (p *packetConn) pause() { p.shut() }
-
 // detach ends reading. The socket stays open for the caller's answers.
 func (p *packetConn) detach() { p.detachGate() }
 
@@ -243,8 +240,9 @@ func (c *UDPConn) ReadFromUDPAddrPort(b []byte) (n int, a netip.AddrPort, err er
 	return c.readAddrPort(b)
 }
 
-// readAddrPort is ReadFromUDPAddrPort for a read that has to wait. It stands apart
-// because its function value shares the results, which then need memory.
+// readAddrPort is ReadFromUDPAddrPort for a read that has to wait. The function
+// value shares the results, so that they are allocated. It stands apart so that
+// reads that need not wait do not pay for that.
 func (c *UDPConn) readAddrPort(b []byte) (n int, a netip.AddrPort, err error) {
 	err = c.p.read(func() (err error) { n, a, err = c.UDPConn.ReadFromUDPAddrPort(b); return err })
 	return n, a, err

@@ -47,7 +47,7 @@ type stream struct {
 	// wmu guards what is to be sent. It is not held over a call that blocks.
 	wmu  sync.Mutex
 	out  []byte   // the rest of a frame of which the system has taken a part
-	sent struct { // what the system has answered last
+	sent struct { // the system's last answer; variables of write would be allocated in every call
 		n   int
 		err error
 	}

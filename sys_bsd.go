@@ -55,8 +55,8 @@ func dup3(from, to int) error {
 	return err
 }
 
-// findDoubtful sets Revents of the descriptors that may not listen. Here these
-// are all: not every system's poll(2) tells a socket that listens from others.
+// findDoubtful sets Revents of all descriptors, because poll(2) does not tell a
+// socket that listens from others on each of these systems.
 func findDoubtful(list []unix.PollFd) {
 	for i := range list {
 		list[i].Revents = unix.POLLOUT

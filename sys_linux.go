@@ -27,14 +27,15 @@ const (
 // dup3 makes the descriptor to refer to what from refers to, close-on-exec.
 func dup3(from, to int) error { return unix.Dup3(from, to, syscall.O_CLOEXEC) }
 
-// findDoubtful sets Revents of the descriptors that may not listen. What listens
-// cannot be written to and has not hung up, and to ask that of all at once takes
-// less time than a call for each. It misses a connection whose buffer is full.
+// findDoubtful sets Revents of the descriptors that may not listen. A socket that
+// listens is never writable and has not hung up. One call of poll(2) for all takes
+// less time than one of getsockopt(2) for each. It misses a connection whose buffer
+// is full.
 func findDoubtful(list []unix.PollFd) {
 	for i := range list {
 		list[i].Events = unix.POLLOUT
 	}
-	if _, err := unix.Poll(list, 0); err != nil { // nothing is known then
+	if _, err := unix.Poll(list, 0); err != nil { // so that nothing is known
 		for i := range list {
 			list[i].Revents = unix.POLLOUT
 		}

@@ -54,7 +54,7 @@ func (a *attempt) handOver() error {
 	if f.kind != frameDone {
 		return a.unexpected(f)
 	}
-	_ = pauseAll(last) // no reads go on there, which alone are an error
+	_ = pauseAll(last) // its only error is a packet read that goes on, and control sockets have none
 	return nil
 }
 

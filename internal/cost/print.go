@@ -41,7 +41,7 @@ func (t *table) markdown() string {
 }
 
 const legend = `Times are medians of pairs measured in turn, and ratios the medians of the pairs' ratios.
-upgrade: until Upgrade returns. fork and exec: of the same program, until its first byte has come.
+upgrade: until Upgrade returns, without hooks. fork and exec: of the same program, until its first byte has come.
 net's listeners: descriptors made listeners by package net, and closed. floor: the sum of both.
 nobody accepts: from when the last listener is paused until Ready returns in the successor.
 
@@ -89,7 +89,7 @@ func (r *Result) tables() []*table {
 		}
 		stage.add(row...)
 	}
-	all := []string{"in all, with the hook that tells this"}
+	all := []string{"in all, with the hook that tells the stages"}
 	for _, u := range r.Upgrades {
 		all = append(all, micros(u.Observed))
 	}

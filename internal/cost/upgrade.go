@@ -123,7 +123,7 @@ type Upgrade struct {
 	Further        float64 // what each listener after the first adds, to an upgrade with one that was made at the same time
 	Silent         float64 // nobody accepts
 	Stages         [len(stages)]float64
-	Observed       float64 // an upgrade with the hook that tells the stages
+	Observed       float64 // how long an upgrade takes with the hook that tells the stages
 }
 
 // stages are where an upgrade's time goes, one after the other.
@@ -140,9 +140,9 @@ func (u Upgrade) Floor() float64 { return u.ForkExec + u.Net }
 
 // measureUpgrade measures pairs. In each, one generation forks and execs the
 // program, and another is upgraded: both do it for the first time, when code
-// and heap are not in the cache yet. A third one's upgrade is observed by a hook,
-// for what goes on inside, and is not timed as a whole. A daemon with one
-// listener is upgraded in turn with one that has more.
+// and heap are not in the cache yet. A hook observes the upgrade of a third one,
+// which tells the stages and how long nobody accepts. A daemon with one listener
+// is upgraded in turn with one that has more.
 func measureUpgrade(ctx context.Context, program string, listeners, pairs int) (u Upgrade, err error) {
 	m, err := startMeasured(ctx, program, listeners)
 	if err != nil {
@@ -224,8 +224,8 @@ func startMeasured(ctx context.Context, program string, listeners int) (*measure
 	return m, nil
 }
 
-// upgrade gives one of the two orders for an upgrade: after o the next upgrade
-// is observed.
+// upgrade lets the youngest generation upgrade. The order is 'u', or 'o' if its
+// successor is to have the hook.
 func (m *measured) upgrade(order byte) error {
 	if err := m.ctx.Err(); err != nil {
 		return err

@@ -145,7 +145,7 @@ func (d *Daemon) run() {
 	if err := d.U.Ready(); err != nil {
 		d.point(message{At: AtReadyFailed, Err: toWire(err)})
 		if d.Spec.Wait && errors.Is(err, ecdysis.ErrStopped) {
-			<-waited // Wait returns as well, and the Stop that is planned for that has work to do
+			<-waited // Wait returns as well, and a Stop that is planned for it must not be cut short
 		}
 		exit(err)
 	}

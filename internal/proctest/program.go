@@ -156,9 +156,9 @@ func (p *Program) End() *os.ProcessState {
 	}
 }
 
-// Refused fails the test unless clients are refused there. It waits a little: a
-// process that ends closes its standard error, which End waits for, before its
-// sockets.
+// Refused returns when connections to the address fail. It fails the test if they
+// succeed for longer than Patience. They can succeed for a moment after End, because
+// a process that exits closes its standard error before its sockets.
 func (p *Program) Refused(network, address string) {
 	p.T.Helper()
 	for limit := time.Now().Add(Patience); ; time.Sleep(time.Millisecond) {

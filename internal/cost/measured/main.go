@@ -42,8 +42,8 @@ func main() {
 	}
 }
 
-// observe is the variable of the environment that gives a generation a hook,
-// which tells when every listener was paused.
+// observe is the environment variable that gives a generation a hook unless it is
+// empty. The hook tells when every listener was paused.
 const observe = "MEASURED_OBSERVE"
 
 // generation becomes ready with n listeners, of which the first is served, and
@@ -101,7 +101,11 @@ func generation(hub string, n int) error {
 			}
 			answer = line(int64(d))
 		case 'u', 'o': // o: the next generation has the hook
-			if err := setObserve(order[0] == 'o'); err != nil {
+			hook := "" // none
+			if order[0] == 'o' {
+				hook = "1"
+			}
+			if err := os.Setenv(observe, hook); err != nil {
 				return err
 			}
 			began := time.Now()
@@ -120,13 +124,6 @@ func generation(hub string, n int) error {
 			return err
 		}
 	}
-}
-
-func setObserve(on bool) error {
-	if on {
-		return os.Setenv(observe, "1")
-	}
-	return os.Unsetenv(observe)
 }
 
 // address is where the listener of this number is, at any port. To find free
